@@ -1,0 +1,56 @@
+"""silu_mul and gelu_mul against torch, torch.compile and Liger, on two tensors and on the halves of a packed one."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from _common import Case, compiled, main, peer
+
+from fusedops import gelu_mul, silu_mul
+
+LIGER_SILU = peer("liger_kernel.transformers.functional", "liger_swiglu")
+LIGER_GELU = peer("liger_kernel.transformers.functional", "liger_geglu")
+
+# (rows, N) of the MLPs of SmolLM2-135M, Llama 3 8B and 70B
+SHAPES = {
+    "cpu": [(1, 1536), (64, 1536), (1, 14336), (64, 14336)],
+    "cuda": [(1, 14336), (64, 14336), (8192, 1536), (8192, 14336), (8192, 28672)],
+}
+
+
+def torch_silu_mul(gate, up):
+    return F.silu(gate) * up
+
+
+def torch_gelu_mul(gate, up):
+    return F.gelu(gate, approximate="tanh") * up
+
+
+OPERATORS = (
+    ("silu_mul", silu_mul, torch_silu_mul, LIGER_SILU, {}),
+    ("gelu_mul", functools.partial(gelu_mul, approximate="tanh"), torch_gelu_mul, LIGER_GELU, {"approximate": "tanh"}),
+)
+
+
+def cases(device, quick):
+    """Both operators on every shape; SiLU also on halves of one buffer, as fused projections give them."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    for rows, n in SHAPES[device][:2] if quick else SHAPES[device]:
+
+        def make(seed, rows=rows, n=n):
+            return tuple(torch.randn(rows, n, device=device, dtype=dtype) for _ in range(2))
+
+        def make_packed(seed, rows=rows, n=n):
+            return torch.randn(rows, 2 * n, device=device, dtype=dtype).chunk(2, -1)
+
+        for name, ours, plain, liger, options in OPERATORS:
+            candidates = {"fusedops": ours, "torch": plain, "torch.compile": compiled(plain)}
+            if device == "cuda" and liger:
+                candidates["liger"] = liger
+            yield Case(name, f"{rows}x{n}", dtype, make, candidates, options)
+            if name == "silu_mul":
+                yield Case(name, f"{rows}x{n} packed", dtype, make_packed, candidates, options)
+
+
+if __name__ == "__main__":
+    main(cases, absent=[] if LIGER_SILU else ["liger"])

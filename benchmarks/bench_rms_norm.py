@@ -1,0 +1,57 @@
+"""rms_norm and add_rms_norm against torch, torch.compile, Liger and QuACK."""
+
+import torch
+import torch.nn.functional as F
+from _common import Case, compiled, main, peer
+
+from fusedops import add_rms_norm, rms_norm
+
+EPS = 1e-6
+LIGER = peer("liger_kernel.transformers.functional", "liger_rms_norm")
+QUACK = peer("quack", "rmsnorm")
+
+# (rows, N): one token, a prompt, and a training batch of models from 576 to 16,384 wide
+SHAPES = {
+    "cpu": [(1, 576), (64, 576), (1, 4096), (256, 4096)],
+    "cuda": [(1, 4096), (64, 4096), (8192, 2048), (8192, 4096), (16384, 8192), (8192, 16384)],
+}
+
+
+def torch_rms_norm(x, weight):
+    return F.rms_norm(x, weight.shape, weight, EPS)
+
+
+def torch_add_rms_norm(x, residual, weight):
+    h = x + residual
+    return F.rms_norm(h, weight.shape, weight, EPS), h
+
+
+def cases(device, quick):
+    """Both operators on every shape."""
+    for rows, n in SHAPES[device][:2] if quick else SHAPES[device]:
+        for dtype in (torch.float32,) if device == "cpu" else (torch.bfloat16,):
+
+            def make(seed, rows=rows, n=n, dtype=dtype):
+                return torch.randn(rows, n, device=device, dtype=dtype), torch.randn(n, device=device, dtype=dtype)
+
+            def make_residual(seed, make=make):
+                x, weight = make(seed)
+                return x, torch.randn_like(x), weight
+
+            candidates = {"fusedops": rms_norm, "torch": torch_rms_norm, "torch.compile": compiled(torch_rms_norm)}
+            fused = {
+                "fusedops": add_rms_norm,
+                "torch": torch_add_rms_norm,
+                "torch.compile": compiled(torch_add_rms_norm),
+            }
+            if device == "cuda" and LIGER:
+                candidates["liger"] = lambda x, weight: LIGER(x, weight, EPS)
+            if device == "cuda" and QUACK:
+                candidates["quack"] = lambda x, weight: QUACK(x, weight, eps=EPS)
+                fused["quack"] = lambda x, residual, weight: QUACK(x, weight, residual=residual, eps=EPS)
+            yield Case("rms_norm", f"{rows}x{n}", dtype, make, candidates, {})
+            yield Case("add_rms_norm", f"{rows}x{n}", dtype, make_residual, fused, {})
+
+
+if __name__ == "__main__":
+    main(cases, absent=[name for name, found in (("liger", LIGER), ("quack", QUACK)) if found is None])

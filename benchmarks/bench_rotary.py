@@ -1,0 +1,44 @@
+"""rotary against the formula of Hugging Face's models, eager and compiled, and Liger."""
+
+import torch
+from _common import Case, compiled, main, peer
+
+from fusedops import rotary
+
+LIGER = peer("liger_kernel.transformers.functional", "liger_rope")
+
+# (B, S, H, Hk, D) of SmolLM2-135M, Llama 3 8B and 70B
+SHAPES = {
+    "cpu": [(1, 1, 9, 3, 64), (1, 64, 9, 3, 64), (1, 128, 32, 8, 128)],
+    "cuda": [(1, 1, 32, 8, 128), (1, 4096, 32, 8, 128), (4, 4096, 64, 8, 128)],
+}
+
+
+def rotate_half(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def formula(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def cases(device, quick):
+    """q and k as a model's attention has them: heads outside, positions inside."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    for batch, length, heads, kv_heads, dim in SHAPES[device][:2] if quick else SHAPES[device]:
+
+        def make(seed, batch=batch, length=length, heads=heads, kv_heads=kv_heads, dim=dim):
+            q, k = (torch.randn(batch, length, h, dim, device=device, dtype=dtype) for h in (heads, kv_heads))
+            angle = torch.rand(1, length, dim // 2, device=device).repeat(1, 1, 2)
+            return q, k, angle.cos().to(dtype), angle.sin().to(dtype)
+
+        candidates = {"fusedops": rotary, "torch": formula, "torch.compile": compiled(formula)}
+        if device == "cuda" and LIGER:
+            candidates["liger"] = lambda q, k, cos, sin: LIGER(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        yield Case("rotary", f"{batch}x{length}x{heads}/{kv_heads}x{dim}", dtype, make, candidates, {})
+
+
+if __name__ == "__main__":
+    main(cases, absent=[] if LIGER else ["liger"])

@@ -1,0 +1,13 @@
+"""fusedops: fused GPU operators for LLM inference. One import line per operator; importing needs torch alone."""
+
+from fusedops._core.dispatch import FallbackWarning, counters, fallbacks, reset_counters
+from fusedops._core.explain import Explanation, explain
+from fusedops.ops.gated_activation import gelu_mul, silu_mul
+from fusedops.ops.layer_norm import add_layer_norm, layer_norm
+from fusedops.ops.rms_norm import add_rms_norm, add_rms_norm_, rms_norm
+from fusedops.ops.rotary import rotary
+from fusedops.patch import patched, unpatch
+
+__version__ = "0.1.0"
+
+OPERATORS = tuple(sorted(k for k, v in globals().items() if getattr(v, "__module__", "").startswith("fusedops.ops.")))

@@ -1,0 +1,227 @@
+"""Compile a Triton kernel for any GPU without having one, and read what the machine code says.
+
+Triton's package brings ptxas, cuobjdump and nvdisasm; neither a driver nor a CUDA toolkit is needed.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+_WIDE = ("128", "256")  # modifiers of 16-byte and 32-byte accesses
+_INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
+)
+_LABEL = re.compile(r"^(?P<label>\.L_\w+|[\w.$]+):\s*$")
+_TARGET_LABEL = re.compile(r"`\((?P<label>[^)]+)\)")
+_USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+)")
+_JUMPS = ("BRA", "JMP", "CALL")
+_ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")
+
+
+@dataclass(frozen=True)
+class CubinReport:
+    """What the machine code of one kernel needs and contains.
+
+    Attributes:
+        kernel: The kernel's name.
+        target: The architecture that Triton really compiled for, such as ``"sm_90a"``.
+        num_warps: Warps of a block.
+        registers: Registers of a thread.
+        stack_bytes: Stack frame of a thread.
+        shared_bytes: Shared memory that a launch asks for; Triton uses no static one.
+        spill_stores, spill_loads: Number of STL and LDL instructions.
+        spill_in_loop: Whether one of them lies on a cycle of the control flow.
+        instructions: Opcode with its modifiers to how often it stands in the code; empty if not disassembled.
+    """
+
+    kernel: str
+    target: str
+    num_warps: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    spill_stores: int
+    spill_loads: int
+    spill_in_loop: bool
+    instructions: dict
+
+    def count(self, opcode, *modifiers):
+        """How many instructions have this opcode and any one of the modifiers (none given: all of the opcode)."""
+        total = 0
+        for name, number in self.instructions.items():
+            base, *found = name.split(".")
+            if base == opcode and (not modifiers or set(modifiers) & set(found)):
+                total += number
+        return total
+
+    @property
+    def wide_loads(self):
+        """Global loads of at least 16 bytes a thread, tensor-memory (TMA) loads included."""
+        return self.count("LDG", *_WIDE) + self.count("LDGSTS", *_WIDE) + self.count("UTMALDG")
+
+    @property
+    def wide_stores(self):
+        """Global stores of at least 16 bytes a thread, tensor-memory (TMA) stores included."""
+        return self.count("STG", *_WIDE) + self.count("UTMASTG")
+
+    def as_dict(self):
+        """The report as plain dicts and numbers, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values):
+        """The report that `as_dict` described."""
+        return cls(**values)
+
+
+def report(example, target):
+    """Compile a KernelExample for a target and read its machine code.
+
+    Args:
+        example: What to compile.
+        target: ``"sm_75"`` to ``"sm_120"``; the suffix may be left out, since Triton chooses it (sm_90 becomes sm_90a).
+
+    Returns:
+        The CubinReport.
+
+    Raises:
+        ValueError: the target's name has another form, or a parameter of the kernel is not described.
+        RuntimeError: triton was imported with TRITON_INTERPRET=1, or one of its tools failed.
+    """
+    return read(compile_example(example, target))
+
+
+def read(compiled, disassemble=True):
+    """Read the machine code of a compiled kernel; safe to call from several threads.
+
+    Disassembling takes most of the time. Without it `instructions` stays empty unless there is a stack frame,
+    which is the only place that spills go to.
+    """
+    name, arch = compiled.metadata.name, re.search(r"^\.target\s+(\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        usage = _USAGE.search(_run_tool("cuobjdump", "-res-usage", path).split(f"Function {name}:")[-1])
+        if usage is None:
+            raise RuntimeError(f"cubin: cuobjdump did not report the resources of {name}")
+        needs_listing = disassemble or int(usage["stack"]) > 0
+        sass = parse_sass(_run_tool("nvdisasm", "-c", path) if needs_listing else "")
+    return CubinReport(
+        kernel=name,
+        target=arch,
+        num_warps=compiled.metadata.num_warps,
+        registers=int(usage["registers"]),
+        stack_bytes=int(usage["stack"]),
+        shared_bytes=compiled.metadata.shared,
+        **sass,
+    )
+
+
+def compile_example(example, target):
+    """Compile a KernelExample; the result's ``asm`` holds every stage from ``ttir`` to ``cubin``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    matched = re.fullmatch(r"sm_(\d{2,3})[af]?", target)
+    if matched is None:
+        raise ValueError(f"cubin: target must look like 'sm_90a', got {target!r}")
+    function = example.kernel
+    if not isinstance(function, triton.runtime.jit.JITFunction):
+        raise RuntimeError("cubin: kernels compile only in a process that imported triton without TRITON_INTERPRET=1")
+    names = function.arg_names
+    unknown = set(names) ^ (set(example.types) | set(example.constants))
+    if unknown:
+        raise ValueError(f"cubin: types and constants must describe {function.__name__}, differ in {sorted(unknown)}")
+    signature = {name: "constexpr" if name in example.constants else example.types[name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in example.divisible}
+    source = ASTSource(function, signature, dict(example.constants), attributes)
+    options = {"num_warps": example.num_warps, "num_stages": example.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", int(matched[1]), 32), options=options)
+
+
+def parse_sass(text):
+    """Read nvdisasm's listing: the instructions, the spills, and whether one of those stands in a loop."""
+    opcodes, jumps, labels = [], {}, {}
+    follows = []  # whether control may go on to the next instruction
+    for line in text.splitlines():
+        label = _LABEL.match(line)
+        if label:
+            labels[label["label"]] = len(opcodes)
+            continue
+        found = _INSTRUCTION.match(line)
+        if not found:
+            continue
+        base = found["opcode"].split(".")[0]
+        destination = _TARGET_LABEL.search(found["operands"])
+        conditional = found["guard"] is not None
+        if base in _JUMPS and destination:
+            jumps[len(opcodes)] = destination["label"]
+            conditional |= base == "CALL" or "," in found["operands"]
+        follows.append(conditional or base not in (*_JUMPS, *_ENDS))
+        opcodes.append(found["opcode"])
+
+    successors = [[index + 1] if goes_on and index + 1 < len(opcodes) else [] for index, goes_on in enumerate(follows)]
+    for index, label in jumps.items():
+        if labels.get(label, len(opcodes)) < len(opcodes):
+            successors[index].append(labels[label])
+    spills = [index for index, opcode in enumerate(opcodes) if opcode.split(".")[0] in ("STL", "LDL")]
+    loops = _on_cycles(successors) if spills else set()
+    return {
+        "spill_stores": sum(opcodes[index].startswith("STL") for index in spills),
+        "spill_loads": sum(opcodes[index].startswith("LDL") for index in spills),
+        "spill_in_loop": any(index in loops for index in spills),
+        "instructions": {opcode: opcodes.count(opcode) for opcode in sorted(set(opcodes))},
+    }
+
+
+def _on_cycles(successors):
+    """The nodes of a graph that can reach themselves (Kosaraju's strongly connected components)."""
+    predecessors = [[] for _ in successors]
+    for node, targets in enumerate(successors):
+        for target in targets:
+            predecessors[target].append(node)
+    finished, seen = [], set()
+    for start in range(len(successors)):
+        _visit(start, successors, seen, finished)
+    cyclic, seen = set(), set()
+    for start in reversed(finished):
+        component = []
+        _visit(start, predecessors, seen, component)
+        if len(component) > 1 or start in successors[start]:
+            cyclic.update(component)
+    return cyclic
+
+
+def _visit(start, edges, seen, finished):
+    """Depth-first from a node without recursion; appends each new node when all that it leads to is done."""
+    if start in seen:
+        return
+    seen.add(start)
+    stack = [(start, iter(edges[start]))]
+    while stack:
+        node, targets = stack[-1]
+        fresh = next((target for target in targets if target not in seen), None)
+        if fresh is None:
+            finished.append(node)
+            stack.pop()
+        else:
+            seen.add(fresh)
+            stack.append((fresh, iter(edges[fresh])))
+
+
+def _run_tool(name, *arguments):
+    import triton
+
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    try:
+        ended = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"cubin: {name} of the triton package cannot be started: {error}") from error
+    if ended.returncode != 0:
+        raise RuntimeError(f"cubin: {name} failed: {ended.stderr.strip() or ended.stdout.strip()}")
+    return ended.stdout

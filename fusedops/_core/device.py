@@ -1,0 +1,108 @@
+"""What a GPU offers a kernel: limits of the device at hand, and of named targets for work without one."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """Limits that configurations are computed from.
+
+    Attributes:
+        name: Product name.
+        arch: Target with suffix, such as ``"sm_90a"``.
+        sm_count: Streaming multiprocessors.
+        shared_memory: Bytes of shared memory that one block may use.
+        l2: Bytes of L2 cache.
+        bandwidth: Data-sheet memory bandwidth in bytes per second; None where unknown.
+    """
+
+    name: str
+    arch: str
+    sm_count: int
+    shared_memory: int
+    l2: int
+    bandwidth: float | None = None
+
+    @property
+    def capability(self):
+        """Compute capability as a number, 90 for ``sm_90a``."""
+        return int("".join(c for c in self.arch if c.isdigit()))
+
+
+TARGETS = {
+    limits.arch: limits
+    for limits in (
+        DeviceLimits("Tesla T4", "sm_75", 40, 64 * KIB, 4 * KIB**2, 320e9),
+        DeviceLimits("A100 SXM 80GB", "sm_80", 108, 163 * KIB, 40 * KIB**2, 2.039e12),
+        DeviceLimits("GeForce RTX 3090", "sm_86", 82, 99 * KIB, 6 * KIB**2, 936e9),
+        DeviceLimits("L40S", "sm_89", 142, 99 * KIB, 96 * KIB**2, 864e9),
+        DeviceLimits("H100 SXM", "sm_90a", 132, 227 * KIB, 50 * KIB**2, 3.35e12),
+        DeviceLimits("B200", "sm_100a", 148, 227 * KIB, 126 * KIB**2, 8.0e12),
+        DeviceLimits("GeForce RTX 5090", "sm_120", 170, 99 * KIB, 96 * KIB**2, 1.79e12),
+    )
+}
+
+# The interpreter runs programs one after another: few of them keep its tests fast.
+INTERPRETER = DeviceLimits("Triton interpreter", "sm_90a", 4, 227 * KIB, 50 * KIB**2)
+
+MIN_CAPABILITY = 75
+
+
+def limits(device):
+    """The limits of a torch device; anything but CUDA stands for Triton's interpreter."""
+    if device.type != "cuda":
+        return INTERPRETER
+    return _cuda_limits(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_limits(index):
+    properties = torch.cuda.get_device_properties(index)
+    number = properties.major * 10 + properties.minor
+    arch = f"sm_{number}a" if number in (90, 100, 103) else f"sm_{number}"
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    known = TARGETS.get(arch)
+    bandwidth = known.bandwidth if known is not None and known.name.split()[0] in properties.name else None
+    return DeviceLimits(
+        properties.name, arch, properties.multi_processor_count, shared, properties.L2_cache_size, bandwidth
+    )
+
+
+@functools.cache
+def triton_missing():
+    """Why Triton cannot be used in this process, or None."""
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken install fails in many ways; each means the same here
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+@functools.cache
+def interpreting():
+    """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1 before its import)."""
+    if triton_missing() is not None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def triton_rejection(device):
+    """Why Triton kernels cannot run on tensors of this device, or None."""
+    missing = triton_missing()
+    if missing is not None:
+        return missing
+    if device.type == "cuda":
+        capability = limits(device).capability
+        if capability < MIN_CAPABILITY:
+            return f"needs compute capability {MIN_CAPABILITY / 10}, the device has {capability / 10}"
+        return None
+    if device.type == "cpu":
+        return None if interpreting() else "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+    return f"Triton kernels run on CUDA tensors, got {device.type}"

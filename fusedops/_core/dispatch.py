@@ -1,0 +1,144 @@
+"""Which implementation runs: the first that supports the call. Leaving the fused path on a GPU is never silent."""
+
+import importlib
+import warnings
+
+import torch
+
+from fusedops._core import env
+from fusedops._core.device import triton_rejection
+
+_CPU_ORDER = ("torch", "reference")
+_calls = {}
+_fallbacks = {}
+
+
+class FallbackWarning(UserWarning):
+    """A call on CUDA tensors left the fused path."""
+
+
+def counters():
+    """Calls since the last reset, by (operator, implementation)."""
+    return dict(_calls)
+
+
+def fallbacks():
+    """Calls on CUDA tensors that left the fused path since the last reset, by (operator, reason)."""
+    return dict(_fallbacks)
+
+
+def reset_counters():
+    """Set both counters to zero; a reason that was warned about is warned about again."""
+    _calls.clear()
+    _fallbacks.clear()
+
+
+class Selector:
+    """Finds the implementation for each call of one operator."""
+
+    def __init__(self, name, package, implementations, fake):
+        self.name = name
+        self.package = package
+        self.implementations = implementations
+        self.fake = fake
+        self._loaded = {}
+
+    def run(self, *args, out=None):
+        """Run the operator by the implementation that `select` names."""
+        device = args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._run(args, out)
+        return self._run(args, out)
+
+    def run_into(self, *args):
+        """Run the operator with its last argument as the output; nothing is returned."""
+        self.run(*args[:-1], out=args[-1])
+
+    def _run(self, args, out):
+        implementation, rejected = self.select(args)
+        if implementation in _CPU_ORDER and args[0].device.type == "cuda" and env.backend() == "auto":
+            reason = "; ".join(f"{name}: {why}" for name, why in rejected) or "no fused implementation exists"
+            leave_fused_path(self.name, args[0], reason, implementation)
+        key = (self.name, implementation)
+        _calls[key] = _calls.get(key, 0) + 1
+        function = self._load(implementation)[0]
+        if implementation == "reference":
+            return self._run_reference(function, args, out)
+        return function(*args) if out is None else function(*args, out=out)
+
+    def _run_reference(self, function, args, out):
+        """The reference says what the values are; where they go is `out`, or what the fake implementation promises."""
+        values = function(*args)
+        places = self.fake(*args) if out is None else out
+        if isinstance(values, tuple):
+            return tuple(place.copy_(value) for place, value in zip(places, values, strict=True))
+        return None if values is None else places.copy_(values)
+
+    def select(self, args, limits=None):
+        """(implementation, rejected): the first that can run, and (name, reason) of each that was tried before it.
+
+        Args:
+            args: The operator's arguments.
+            limits: Judge for this device instead of the arguments' own; nothing can be run then.
+
+        Raises:
+            RuntimeError: no implementation can run.
+        """
+        forced = env.backend()
+        on_gpu = limits is not None or args[0].device.type == "cuda"
+        if forced != "auto":
+            order = (forced,)
+        else:
+            order = self.implementations if on_gpu else _CPU_ORDER
+        rejected = []
+        for implementation in order:
+            reason = self._rejection(implementation, args, limits)
+            if reason is None:
+                return implementation, rejected
+            rejected.append((implementation, reason))
+        reasons = "; ".join(f"{implementation}: {reason}" for implementation, reason in rejected)
+        raise RuntimeError(f"{self.name}: no implementation can run here ({reasons})")
+
+    def _rejection(self, implementation, args, limits):
+        if implementation not in self.implementations:
+            return "this operator has no such implementation"
+        if implementation in ("triton", "cuda") and limits is None:
+            reason = triton_rejection(args[0].device)
+            if reason is not None:
+                return reason
+        supports = self._load(implementation)[1]
+        return None if supports is None else supports(*args)
+
+    def _load(self, implementation):
+        """(function, supports) of an implementation, imported at its first use."""
+        loaded = self._loaded.get(implementation)
+        if loaded is None:
+            module = self.module(implementation)
+            loaded = getattr(module, self.name), getattr(module, "supports", None)
+            self._loaded[implementation] = loaded
+        return loaded
+
+    def module(self, implementation):
+        """The module that holds an implementation."""
+        name = "reference" if implementation == "reference" else f"_{implementation}"
+        return importlib.import_module(f"{self.package}.{name}")
+
+
+def leave_fused_path(op, tensor, reason, implementation="torch"):
+    """Apply the fallback policy to a call that another implementation than a fused kernel will run.
+
+    Raises:
+        RuntimeError: the call is on CUDA tensors and the policy is "raise".
+    """
+    if tensor.device.type != "cuda" or torch.compiler.is_compiling():
+        return
+    key = (op, reason)
+    seen = key in _fallbacks
+    _fallbacks[key] = _fallbacks.get(key, 0) + 1
+    policy = env.fallback()
+    message = f"{op}: runs on the {implementation} implementation instead of a fused kernel ({reason})"
+    if policy == "raise":
+        raise RuntimeError(message)
+    if policy == "warn" and not seen:
+        warnings.warn(message, FallbackWarning, stacklevel=3)

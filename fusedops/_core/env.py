@@ -1,0 +1,87 @@
+"""Every environment variable of the library, in one place.
+
+Each is read once, at its first use; `refresh` reads them again and `override` sets one for the length of a block.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+VARIABLES = {
+    "FUSEDOPS_BACKEND": (
+        ("auto", "triton", "cuda", "torch", "reference"),
+        "Forces one implementation for every operator; one that cannot run raises with the reason.",
+    ),
+    "FUSEDOPS_FALLBACK": (
+        ("warn", "raise", "silent"),
+        "What happens where a call on CUDA tensors leaves the fused path: warn once, raise, or only count.",
+    ),
+    "FUSEDOPS_VALIDATE": (
+        ("1", "0", "2"),
+        "0: only what prevents undefined behaviour; 1: every value known on the host; 2: values in device memory too.",
+    ),
+    "FUSEDOPS_CACHE_DIR": (None, "Directory of everything that the library keeps between runs."),
+}
+
+_values: dict[str, str] = {}
+
+
+def read(name):
+    """The value of a listed variable; the first choice is the default. ValueError: a value that is no choice."""
+    value = _values.get(name)
+    if value is not None:
+        return value
+    choices, _ = VARIABLES[name]
+    value = os.environ.get(name, "")
+    if choices is not None:
+        value = value or choices[0]
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}, got {value!r}")
+    _values[name] = value
+    return value
+
+
+def refresh():
+    """Forget what was read, so that the next use reads the environment again."""
+    _values.clear()
+
+
+@contextlib.contextmanager
+def override(name, value):
+    """Set a variable for the length of a block, for every thread of the process."""
+    choices, _ = VARIABLES[name]
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}, got {value!r}")
+    before = _values.get(name)
+    _values[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            _values.pop(name, None)
+        else:
+            _values[name] = before
+
+
+def backend():
+    """The implementation to use: "auto" or one name."""
+    return _values.get("FUSEDOPS_BACKEND") or read("FUSEDOPS_BACKEND")
+
+
+def fallback():
+    """What to do where a CUDA call leaves the fused path: "warn", "raise" or "silent"."""
+    return read("FUSEDOPS_FALLBACK")
+
+
+def validate():
+    """The validation level: 0, 1 or 2."""
+    return int(_values.get("FUSEDOPS_VALIDATE") or read("FUSEDOPS_VALIDATE"))
+
+
+def cache_dir():
+    """The directory of everything kept between runs: the variable, or fusedops under the XDG cache directory."""
+    chosen = read("FUSEDOPS_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "fusedops"

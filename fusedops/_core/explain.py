@@ -1,0 +1,127 @@
+"""What a call would do, found by making the call and stopping it at the operator's door."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedops._core import env
+from fusedops._core.device import TARGETS
+from fusedops._core.device import limits as limits_of
+from fusedops._core.register import operators
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run and why.
+
+    Attributes:
+        op: Operator.
+        backend: Implementation that would run.
+        rejected: (implementation, reason) of every one that was tried before it.
+        config: The kernel's configuration as text; None where the implementation has none.
+        config_source: Where the configuration came from.
+        bytes: Bytes that the call must read and write at least.
+        operations: Arithmetic operations of the call.
+        bound: The least time that the device's memory allows, as text; None where the bandwidth is not known.
+    """
+
+    op: str
+    backend: str
+    rejected: tuple
+    config: str | None
+    config_source: str | None
+    bytes: int | None
+    operations: int | None
+    bound: str | None
+
+    def as_dict(self):
+        """The same as plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self):
+        lines = [("operator", self.op), ("runs on", self.backend)]
+        lines += [("rejected", f"{name}: {reason}") for name, reason in self.rejected]
+        if self.config is not None:
+            lines.append(("configuration", f"{self.config} ({self.config_source})"))
+        if self.bytes is not None:
+            lines.append(("bytes", f"{self.bytes:,}"))
+            lines.append(("operations", f"{self.operations:,}"))
+        if self.bound is not None:
+            lines.append(("bound", self.bound))
+        return "\n".join(f"{name:<14}{value}" for name, value in lines)
+
+
+class _Reached(Exception):
+    def __init__(self, name, args):
+        super().__init__(name)
+        self.name = name
+        self.arguments = args
+
+
+class _StopAtOperator(TorchDispatchMode):
+    """Lets torch's own operators through and stops at the first of ours."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fusedops":
+            raise _Reached(func._opname, args)
+        return func(*args, **(kwargs or {}))
+
+
+def explain(op, /, *args, target=None, **kwargs):
+    """Tell which implementation a call would use, why not another, and what the call costs at least.
+
+    Nothing is run. Tensors on the ``meta`` device are enough when `target` is given.
+
+    Args:
+        op: Name of a public operator, such as ``"rms_norm"``.
+        *args, **kwargs: The arguments of the call.
+        target: Judge for a named GPU target (``"sm_80"``, ``"sm_90a"``, ...) instead of the tensors' device.
+
+    Returns:
+        Explanation; ``print`` it for a table.
+
+    Raises:
+        ValueError: `op` or `target` is not a known name, or the operator refuses the arguments.
+        RuntimeError: no implementation can run the call.
+    """
+    import fusedops
+
+    if op not in fusedops.OPERATORS:
+        raise ValueError(f"explain: op must be one of {', '.join(fusedops.OPERATORS)}, got {op!r}")
+    if target is not None and target not in TARGETS:
+        raise ValueError(f"explain: target must be one of {', '.join(TARGETS)}, got {target!r}")
+    return _explanation(op, *operator_call(getattr(fusedops, op), *args, **kwargs), TARGETS.get(target))
+
+
+def operator_call(function, *args, **kwargs):
+    """The registered Operator that a public call reaches, and the arguments it would get. Nothing is run.
+
+    Raises:
+        RuntimeError: the call ends without reaching an operator of ours.
+    """
+    try:
+        with torch.no_grad(), _StopAtOperator():
+            function(*args, **kwargs)
+    except _Reached as reached:
+        registry = operators()
+        return registry.get(reached.name) or registry[reached.name.removesuffix("_out")], reached.arguments
+    raise RuntimeError(f"explain: {function.__name__} must call an operator of fusedops, the call ended without one")
+
+
+def _explanation(op, operator, args, limits):
+    backend, rejected = operator.select(args, limits)
+    config = source = None
+    describe = getattr(operator._selector.module(backend), "config", None)
+    device_limits = limits or limits_of(args[0].device)
+    if describe is not None:
+        config, source = str(describe(operator.name, device_limits, *args)), "default by arithmetic"
+    num_bytes, operations = operator.cost(*args) if operator.cost is not None else (None, None)
+    bound = None
+    if num_bytes is not None and (limits is not None or args[0].device.type == "cuda") and device_limits.bandwidth:
+        micros = num_bytes / device_limits.bandwidth * 1e6
+        speed = f"{device_limits.bandwidth / 1e12:.2f} TB/s"
+        bound = f"memory, {micros:.2f} us at {speed} ({device_limits.name}, data sheet)"
+    if env.backend() != "auto":
+        rejected = [*rejected, ("others", f"FUSEDOPS_BACKEND={env.backend()}")]
+    return Explanation(op, backend, tuple(rejected), config, source, num_bytes, operations, bound)

@@ -1,0 +1,25 @@
+"""The last hop before Triton, and how a launch is described without tensors."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KernelExample:
+    """One launch without tensors: enough to compile the kernel for any target.
+
+    Attributes:
+        kernel: The ``@triton.jit`` function.
+        types: Run-time parameters in order, name to Triton type (``"*bf16"``, ``"i64"``, ``"fp32"``).
+        constants: Compile-time parameters, and integers that Triton would specialise to 1.
+        divisible: Run-time parameters that are multiples of 16.
+        num_warps, num_stages: Launch options.
+        wide_access: The rows allow 16-byte global accesses, so the machine code must have them.
+    """
+
+    kernel: object
+    types: dict
+    constants: dict
+    divisible: tuple = ()
+    num_warps: int = 4
+    num_stages: int = 1
+    wide_access: bool = True

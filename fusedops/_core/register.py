@@ -1,0 +1,111 @@
+"""One call registers an operator: schema, implementations, fake, autograd, and the short way of eager calls."""
+
+import torch
+from torch.nn import Parameter
+
+from fusedops._core import dispatch
+
+_LIBRARY = torch.library.Library("fusedops", "DEF")
+_OPERATORS = {}
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+
+
+class Operator:
+    """A registered operator. Calling it runs it; `operators()` lists every one.
+
+    Attributes:
+        name: Name under ``torch.ops.fusedops``.
+        implementations: Names of the implementations, in the order in which they are tried on CUDA tensors.
+        cost: Function of the operator's arguments that gives (bytes moved, operations), or None.
+        example: Function (shape, dtype, device) that gives (args, kwargs) for the public function, or None.
+    """
+
+    def __init__(self, schema, package, implementations, fake, cost, example):
+        self.name = schema.partition("(")[0]
+        self.package = package
+        self.implementations = implementations
+        self.cost = cost
+        self.example = example
+        self._selector = dispatch.Selector(self.name, package, implementations, fake)
+        self._op = None
+        self._op_out = None
+
+    def __call__(self, *args, out=None):
+        if _dispatcher_needed(args):
+            if out is None:
+                return self._op(*args)
+            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in (*args, out)):
+                raise RuntimeError(f"{self.name}: out must not be given where gradients are recorded, got out=")
+            self._op_out(*args, out)
+            return out
+        return self._selector.run(*args, out=out)
+
+    def select(self, args, limits=None):
+        """The implementation that would run, and the rejected ones with their reasons."""
+        return self._selector.select(args, limits)
+
+
+def _dispatcher_needed(args):
+    """Whether anything stands between the caller and the tensors: gradients, tracing, modes, subclasses."""
+    if torch.compiler.is_compiling() or _modes() or _function_modes() or _functorch() is not None or _tracing():
+        return True
+    grad = torch.is_grad_enabled()
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            kind = type(arg)
+            if (kind is not torch.Tensor and kind is not Parameter) or (grad and arg.requires_grad):
+                return True
+    return False
+
+
+def register(schema, *, package, fake, implementations, backward=None, setup_context=None, out=False, cost=None,
+             example=None):
+    """Register ``torch.ops.fusedops.<name>`` and return its Operator.
+
+    Args:
+        schema: Operator schema, ``"name(Tensor x, float eps) -> Tensor"``. The first argument is a tensor; the
+            device of that tensor chooses the implementation.
+        package: ``__name__`` of the operator's folder, where the implementations are found.
+        fake: Function of the schema's arguments that allocates the outputs: shape, strides and dtype are the contract.
+        implementations: Subset of ("cuda", "triton", "torch", "reference"), in the order to try on CUDA tensors. The
+            module ``_<implementation>`` (``reference`` without underscore) of the package defines a function of the
+            operator's name; its ``supports(*args)``, if any, returns the reason why it cannot run, or None.
+        backward, setup_context: As in ``torch.library.register_autograd``. Without them, differentiating raises.
+        out: Also register ``<name>_out``, which writes into a last argument ``out``.
+        cost, example: See Operator.
+    """
+    operator = Operator(schema, package, implementations, fake, cost, example)
+    name = operator.name
+    _LIBRARY.define(schema, tags=_TAGS)
+    _LIBRARY.impl(name, operator._selector.run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedops::{name}", fake, lib=_LIBRARY)
+    if "!" not in schema:
+        torch.library.register_autograd(
+            f"fusedops::{name}", backward or _no_gradient(name), setup_context=setup_context, lib=_LIBRARY
+        )
+    operator._op = getattr(torch.ops.fusedops, name).default
+    if out:
+        arguments = schema.partition("(")[2].rpartition(") ->")[0]
+        _LIBRARY.define(f"{name}_out({arguments}, Tensor(a!) out) -> ()", tags=_TAGS)
+        _LIBRARY.impl(f"{name}_out", operator._selector.run_into, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusedops::{name}_out", lambda *args: None, lib=_LIBRARY)
+        operator._op_out = getattr(torch.ops.fusedops, f"{name}_out").default
+    _OPERATORS[name] = operator
+    return operator
+
+
+def _no_gradient(name):
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{name}: the result must not be differentiated, this operator has no derivative")
+
+    return backward
+
+
+def operators():
+    """Every registered operator by name."""
+    return dict(_OPERATORS)

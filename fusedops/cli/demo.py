@@ -1,0 +1,220 @@
+"""Watch a real language model answer through the fused operators, and compare its speed without them."""
+
+import argparse
+import datetime
+import os
+import platform
+
+from fusedops.cli import models
+from fusedops.cli.console import CommandError, Console, check_output, first_line, write_json
+
+PROMPT = "What is the capital of France?"
+MIB = 2**20
+# (key of measure.summarise, label, factor, digits)
+ROWS = (
+    ("first_token", "time to first token, ms", 1e3, 1),
+    ("between_tokens", "time between tokens, median, ms", 1e3, 2),
+    ("between_tokens_p95", "time between tokens, 95 % are below, ms", 1e3, 2),
+    ("tokens_per_second", "tokens per second", 1, 2),
+)
+
+
+def add_arguments(parser):
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--model", metavar="DIR|ID", help=f"directory or hub id of a model (default: {models.DEMO_NAME})"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: float32 on cpu, bfloat16 on cuda",
+    )
+    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"default: {PROMPT!r}")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="length limit of the answer, and of each timed run",
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=6, metavar="N", help="timed rounds, unpatched and patched in each"
+    )
+    parser.add_argument(
+        "--no-compare", action="store_true", help="only the answer, without the unpatched model and the timing"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured to a file")
+
+
+def _positive(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def run(args):
+    """Run the command; 1 where the greedy tokens of the patched model differ in float32."""
+    console = Console()
+    models.require_transformers()
+    device, dtype = _place(args)
+    check_output(args.json)
+    loaded = models.load(args.model, device, dtype, console)
+    inputs = models.encode(loaded, args.prompt)
+    environment = _environment(device, dtype)
+    console.line(
+        "{device}, {threads} threads, torch {torch}, transformers {transformers}, {date}".format(**environment)
+    )
+    if (environment["load"] or 0) > environment["cores"] / 2:
+        console.line(f"Other programs are busy (load {environment['load']:.1f}): the times below will be disturbed.")
+    patched, handle = _patch(loaded.model, console)
+    result = {"model": loaded.name, "prompt": args.prompt, **environment}
+    result["replaced"] = dict(handle.report.counts)
+    result["answer"], answer_tokens = _answer(loaded, patched, inputs, args, console)
+    status = 0
+    if not args.no_compare:
+        runs = _compare(loaded, patched, inputs, args, answer_tokens, console)
+        result.update(runs)
+        status = int(result["dtype"] == "float32" and not result["tokens"]["equal"])
+    _print_implementations(result, handle, console)
+    if args.json:
+        write_json(args.json, result)
+    return status
+
+
+def _place(args):
+    """The torch device and dtype that the arguments ask for."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if args.device == "cuda" and not available:
+        raise CommandError("--device cuda needs a CUDA device, and torch finds none")
+    device = torch.device(args.device or ("cuda" if available else "cpu"))
+    name = {"cpu": "float32", "cuda": "bfloat16"}[device.type] if args.dtype == "auto" else args.dtype
+    return device, getattr(torch, name)
+
+
+def _environment(device, dtype):
+    import torch
+    import transformers
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "date": datetime.date.today().isoformat(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu_name():
+    """The processor's name where Linux tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _patch(model, console):
+    """A patched model that shares the weights of `model`, which stays as it is, and the patch's handle."""
+    import fusedops
+    from fusedops.cli import measure
+
+    patched = measure.twin(model)
+    try:
+        with console.step("Patching"):
+            handle = fusedops.patch(patched)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise CommandError(f"this model cannot be patched: {first_line(error)}") from error
+    console.line(str(handle.report))
+    fusedops.reset_counters()
+    return patched, handle
+
+
+def _answer(loaded, patched, inputs, args, console):
+    """Stream the patched model's answer; return its text and tokens."""
+    from transformers import TextStreamer
+
+    from fusedops.cli import measure
+
+    console.line(f"\n> {args.prompt}\n")
+    show = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer = measure.generate(patched, inputs, args.max_new_tokens, show=show)
+    console.line()
+    return loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True), answer.tokens
+
+
+def _compare(loaded, patched, inputs, args, answer_tokens, console):
+    """Time both models, print the table and return its numbers."""
+    from fusedops.cli import measure
+
+    answer = measure.generate(loaded.model, inputs, args.max_new_tokens)
+    both = {"unpatched": loaded.model, "patched": patched}
+    what = f"Timing {args.rounds} rounds of {args.max_new_tokens} tokens, unpatched and patched in turn"
+    with console.step(what) as show:
+        runs = measure.alternate(
+            both, inputs, args.max_new_tokens, args.rounds, lambda done: show(f"{done} of {args.rounds} done")
+        )
+    summary = {name: measure.summarise(of_name) for name, of_name in runs.items()}
+    ratio = measure.ratios(runs["unpatched"], runs["patched"])
+    memory = measure.PeakMemory(loaded.model.device).describe()
+    _print_table(loaded, summary, ratio, memory, inputs, console)
+    tokens = _agreement(answer.tokens, answer_tokens, runs)
+    console.line(tokens["text"])
+    timed = {name: [[run.first, *run.intervals] for run in of_name] for name, of_name in runs.items()}
+    return {"summary": summary, "ratio": ratio, "tokens": tokens, "peak_memory_is": memory, "seconds_per_token": timed}
+
+
+def _print_table(loaded, summary, ratio, memory, inputs, console):
+    """Print both models side by side; above 1 in the last column, the patched one is faster."""
+    rows = []
+    for key, label, factor, digits in ROWS:
+        values = [summary[name][key] for name in ("unpatched", "patched")]
+        cells = ["-" if value is None else f"{value * factor:.{digits}f}" for value in values]
+        rows.append([label, *cells, "" if ratio.get(key) is None else f"{ratio[key]:.2f}"])
+    rows.append(
+        [f"{memory}, MiB", *(f"{summary[name]['peak_bytes'] / MIB:.0f}" for name in ("unpatched", "patched")), ""]
+    )
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    title = f"{loaded.name}, {dtype}, {loaded.model.device.type}, prompt of {inputs['input_ids'].shape[-1]} tokens"
+    console.line()
+    console.table(title, ("", "unpatched", "patched", "times as fast"), rows)
+
+
+def _agreement(unpatched_answer, patched_answer, runs):
+    """Whether all greedy tokens agree, and where they first do not."""
+    from fusedops.cli import measure
+
+    reference = runs["unpatched"][0].tokens
+    texts = []
+    index = measure.first_difference(unpatched_answer, patched_answer)
+    if index is not None:
+        texts.append(f"the answers differ from token {index} on")
+    for name, of_name in runs.items():
+        for number, run in enumerate(of_name, 1):
+            index = measure.first_difference(reference, run.tokens)
+            if index is not None:
+                texts.append(f"{name} run {number} differs from token {index} on")
+    text = "; ".join(texts) or f"equal, {len(patched_answer)} of the answer and {len(reference)} of each timed run"
+    return {"equal": not texts, "text": f"Greedy tokens: {text}."}
+
+
+def _print_implementations(result, handle, console):
+    """Print which implementation ran each operator, and every call that did not reach a fused one."""
+    from fusedops._core import dispatch
+
+    rows = [[*key, count] for key, count in sorted(dispatch.counters().items())]
+    if rows:
+        console.line()
+        console.table("What ran", ("operator", "implementation", "calls"), rows)
+    left = [[operator, reason, count] for (operator, reason), count in dispatch.fallbacks().items()]
+    left += [[path, reason, count] for (path, reason), count in handle.fallbacks().items()]
+    for where, reason, count in left:
+        console.line(f"{where} left the fused path {count} times: {reason}")
+    result["calls"] = rows
+    result["left_fused_path"] = left

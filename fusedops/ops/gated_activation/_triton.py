@@ -1,0 +1,192 @@
+"""Gated activations on the GPU: every element is read once and written once."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedops._core import rows
+from fusedops._core.launch import KernelExample
+from fusedops._core.tl import row_offsets
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """The activation of float32 values; where exp overflows, the quotient is the zero that it tends to."""
+    if ACTIVATION == "silu":
+        y = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    else:  # x * (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)) with 2 sqrt(2 / pi) = 1.59...
+        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    return y
+
+
+@triton.jit
+def _slope(x, ACTIVATION: tl.constexpr):
+    """The derivative of `_activate`."""
+    if ACTIVATION == "silu":
+        share = _sigmoid(x)
+        slope = share * (1.0 + x * (1.0 - share))
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        slope = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density
+    else:
+        share = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        slope = share + x * (share * (1.0 - share)) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+    return slope
+
+
+@triton.jit
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows, columns and mask of this program's tile; tiles are counted along the rows first."""
+    pid = tl.program_id(0).to(tl.int64)
+    num_tiles_n = tl.cdiv(N, BLOCK_N)
+    offs_m = pid // num_tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (pid % num_tiles_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    return offs_m, offs_n, (offs_m < M)[:, None] & (offs_n < N)
+
+
+@triton.jit
+def _gated_kernel(
+    gate_ptr, up_ptr, out_ptr,
+    stride_gate_outer, stride_gate_inner, stride_up_outer, stride_up_inner, stride_out_outer, stride_out_inner,
+    M, N, inner,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile of BLOCK_M rows by BLOCK_N columns."""
+    dtype = out_ptr.dtype.element_ty
+    offs_m, offs_n, mask = _tile(M, N, BLOCK_M, BLOCK_N)
+    gate_rows = gate_ptr + row_offsets(offs_m, inner, stride_gate_outer, stride_gate_inner)[:, None]
+    up_rows = up_ptr + row_offsets(offs_m, inner, stride_up_outer, stride_up_inner)[:, None]
+    out_rows = out_ptr + row_offsets(offs_m, inner, stride_out_outer, stride_out_inner)[:, None]
+    gate = tl.load(gate_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
+    activated = _activate(gate, ACTIVATION).to(dtype).to(tl.float32)
+    tl.store(out_rows + offs_n, (activated * up).to(dtype), mask=mask)
+
+
+@triton.jit
+def _gated_backward_kernel(
+    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
+    stride_grad_outer, stride_grad_inner, stride_gate_outer, stride_gate_inner, stride_up_outer, stride_up_inner,
+    M, N, inner,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile of both gradients, which are contiguous."""
+    dtype = dgate_ptr.dtype.element_ty
+    offs_m, offs_n, mask = _tile(M, N, BLOCK_M, BLOCK_N)
+    grad_rows = grad_ptr + row_offsets(offs_m, inner, stride_grad_outer, stride_grad_inner)[:, None]
+    gate_rows = gate_ptr + row_offsets(offs_m, inner, stride_gate_outer, stride_gate_inner)[:, None]
+    up_rows = up_ptr + row_offsets(offs_m, inner, stride_up_outer, stride_up_inner)[:, None]
+    grad = tl.load(grad_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
+    activated = _activate(gate, ACTIVATION).to(dtype).to(tl.float32)
+    offsets = (offs_m * N)[:, None] + offs_n
+    tl.store(dgate_ptr + offsets, (grad * up * _slope(gate, ACTIVATION)).to(dtype), mask=mask)
+    tl.store(dup_ptr + offsets, (grad * activated).to(dtype), mask=mask)
+
+
+BLOCK = 2048  # elements of a tile: 32 bytes or more per thread and tensor in flight
+NUM_WARPS = 4
+
+
+def config(op, device_limits, *args):
+    """The configuration of one call."""
+    layout = _layout(*(arg for arg in args if isinstance(arg, torch.Tensor)))
+    return _default(args[0].numel() if layout is None else layout[1])
+
+
+def _default(n):
+    """Tiles of one size, as wide as the rows allow; results do not depend on it, since no element sees another."""
+    block_n = min(1 << max(n - 1, 0).bit_length(), BLOCK)
+    return rows.RowConfig(BLOCK // block_n, block_n, NUM_WARPS)
+
+
+def _layout(*tensors):
+    """(rows, columns, inner, strides): one long row where every tensor is contiguous, else as `rows.collapse`."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return 1, tensors[0].numel(), 1, (0, 0) * len(tensors)
+    layout = rows.collapse(*tensors)
+    return None if layout is None else (layout[0], tensors[0].shape[-1], *layout[1:])
+
+
+def silu_mul(gate, up, out=None):
+    """Launch the kernel with SiLU."""
+    return _launch(gate, up, out, "silu")
+
+
+def gelu_mul(gate, up, approximate, out=None):
+    """Launch the kernel with either GELU."""
+    return _launch(gate, up, out, _gelu_name(approximate))
+
+
+def silu_mul_backward(grad, gate, up):
+    """Launch the backward kernel with SiLU."""
+    return _launch_backward(grad, gate, up, "silu")
+
+
+def gelu_mul_backward(grad, gate, up, approximate):
+    """Launch the backward kernel with either GELU."""
+    return _launch_backward(grad, gate, up, _gelu_name(approximate))
+
+
+def _gelu_name(approximate):
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
+
+
+def _launch(gate, up, out, activation):
+    if out is None:
+        out = gate.new_empty(gate.shape)
+    if gate.numel() == 0:
+        return out
+    layout = _layout(gate, up, out)
+    if layout is None:  # more than two row strides: the slower way, through contiguous copies
+        return out.copy_(_launch(gate.contiguous(), up.contiguous(), None, activation))
+    num_rows, n, inner, strides = layout
+    tile = _default(n)
+    _gated_kernel[(triton.cdiv(num_rows, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+        gate, up, out, *strides, num_rows, n, inner,
+        ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def _launch_backward(grad, gate, up, activation):
+    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    if gate.numel() == 0:
+        return dgate, dup
+    given = [rows.dense(tensor) for tensor in (grad, gate, up)]
+    layout = _layout(*given)
+    if layout is None:
+        given = [tensor.contiguous() for tensor in given]
+        layout = _layout(*given)
+    num_rows, n, inner, strides = layout
+    tile = _default(n)
+    _gated_backward_kernel[(triton.cdiv(num_rows, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+        *given, dgate, dup, *strides, num_rows, n, inner,
+        ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return dgate, dup
+
+
+def examples(dtype, target):
+    """Each activation on one row of more than 2**31 elements, and on rows of packed halves; forward and backward."""
+    forward = (_gated_kernel, ("gate", "up", "out"), ("gate", "up", "out"))
+    backward = (_gated_backward_kernel, ("grad", "gate", "up", "dgate", "dup"), ("grad", "gate", "up"))
+    for kernel, tensors, strided in (forward, backward):
+        pointers = {f"{name}_ptr": f"*{dtype}" for name in tensors}
+        strides = {f"stride_{name}_{part}": "i32" for name in strided for part in ("outer", "inner")}
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            for n, sizes, single in ((1 << 32, {"N": "i64"}, {"M": 1}), (128, {"M": "i32", "N": "i32"}, {})):
+                tile = _default(n)
+                yield KernelExample(
+                    kernel, {**pointers, **strides, **sizes},
+                    {**single, "inner": 1, "ACTIVATION": activation, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+                    divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps,
+                )  # fmt: skip

@@ -1,0 +1,115 @@
+"""What a replaced module carries: one instance attribute with its state, one with its new forward.
+
+The new forward is ``functools.partial(function, module)`` with a function of this package. Such a partial is called as
+fast as a bound method, and it survives `copy.deepcopy` and `pickle` as what it is. (A bound method would be pickled by
+its name, which brings the stock forward back and leaves the attribute behind.)
+"""
+
+import warnings
+from functools import partial
+from types import MethodType
+
+import torch
+
+from fusedops._core import env
+from fusedops._core.dispatch import FallbackWarning
+
+ATTRIBUTE = "_fusedops"
+HOOKED_SLOT = "_old_forward"  # where accelerate keeps the forward that its hook wraps
+
+# What the operators raise before they do anything for arguments they do not take.
+UNSUPPORTED = (TypeError, ValueError, NotImplementedError)
+
+
+class State:
+    """What a replaced module carries in its ``_fusedops`` attribute.
+
+    Attributes:
+        slot: Name of the instance attribute that was set: forward, accelerate's _old_forward, or _apply_gate.
+        previous: The slot's value before, in a tuple; an empty tuple where there was none.
+        function: The function of this package that the slot calls with the module.
+        fallbacks: Number of calls that the module's own code answered, by reason.
+    """
+
+    __slots__ = ("fallbacks", "function", "previous", "slot")
+
+    def __init__(self, function, slot="forward"):
+        self.function = function
+        self.slot = slot
+        self.previous = ()
+        self.fallbacks = {}
+
+    def stock(self, module):
+        """The function that the replacement stands for, from the module's class."""
+        return getattr(type(module), "forward" if self.slot == HOOKED_SLOT else self.slot)
+
+    def run_stock(self, module, reason, args, kwargs):
+        """Run the module's own code for arguments that the operator does not take; never silent on a GPU."""
+        reason = str(reason)
+        seen = reason in self.fallbacks
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+        if any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args):
+            message = f"patch: {type(module).__name__} runs its own code instead of a fused operator ({reason})"
+            policy = env.fallback()
+            if policy == "raise":
+                raise RuntimeError(message)
+            if policy == "warn" and not seen:
+                warnings.warn(message, FallbackWarning, stacklevel=2)
+        return self.stock(module)(module, *args, **kwargs)
+
+
+def install(module, state):
+    """Set the two instance attributes of a replaced module."""
+    attributes = module.__dict__
+    if state.slot in attributes:
+        state.previous = (attributes[state.slot],)
+    attributes[ATTRIBUTE] = state
+    attributes[state.slot] = partial(state.function, module)
+
+
+def state_of(module):
+    """The module's State, or None where it is not replaced."""
+    state = module.__dict__.get(ATTRIBUTE)
+    return state if isinstance(state, State) else None
+
+
+def place_of(module):
+    """Name of the instance attribute that holds our function now, or None where something else took its place.
+
+    accelerate moves a forward that it finds to ``_old_forward``, and back when its hook is removed.
+    """
+    state = module.__dict__[ATTRIBUTE]
+    for slot in (state.slot, "forward", HOOKED_SLOT):
+        value = module.__dict__.get(slot)
+        if isinstance(value, partial) and value.func is state.function and value.args == (module,):
+            return slot
+    return None
+
+
+def restore(module):
+    """Put back what `install` replaced."""
+    attributes = module.__dict__
+    state = attributes[ATTRIBUTE]
+    slot = place_of(module)
+    if slot is not None:
+        if state.previous:
+            attributes[slot] = state.previous[0]
+        elif slot == HOOKED_SLOT:
+            attributes[slot] = MethodType(type(module).forward, module)
+        else:
+            del attributes[slot]
+    del attributes[ATTRIBUTE]
+
+
+def foreign_forward(module):
+    """(slot to use, who else set it): the second is None where nobody did.
+
+    accelerate's hook is no obstacle, we go underneath it; nor is the class's own forward, bound, which the hook leaves
+    behind when it is removed.
+    """
+    attributes = module.__dict__
+    slot = HOOKED_SLOT if "_hf_hook" in attributes and HOOKED_SLOT in attributes else "forward"
+    value = attributes.get(slot)
+    if getattr(value, "__func__", None) is type(module).forward and getattr(value, "__self__", None) is module:
+        return slot, None
+    return slot, value

@@ -1,0 +1,212 @@
+"""The command line: help, bad input, doctor, explain, bench, and the demo on a tiny random model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import fusedops
+from fusedops import cli
+from fusedops._core import env
+from fusedops.cli import bench, console, doctor
+
+
+@pytest.fixture(autouse=True)
+def fresh_environment(monkeypatch, tmp_path):
+    """No variable of ours is set, the cache is a new folder, and what was read before is forgotten."""
+    for name in [name for name in os.environ if name.startswith("FUSEDOPS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FUSEDOPS_CACHE_DIR", str(tmp_path / "cache"))
+    env.refresh()
+    yield
+    env.refresh()
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout and stderr of one command."""
+    try:
+        status = cli.main([str(argument) for argument in arguments])
+    except SystemExit as leaving:
+        status = leaving.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def set_variable(monkeypatch, name, value):
+    monkeypatch.setenv(name, str(value))
+    env.refresh()
+
+
+def test_help_lists_every_command(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(name in out for name in cli.COMMANDS)
+
+
+def test_module_runs_without_heavy_imports():
+    code = "import sys; from fusedops.cli import build_parser; build_parser(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"triton", "transformers", "rich"}.isdisjoint(done.stdout.split())
+    done = subprocess.run([sys.executable, "-m", "fusedops", "explain"], capture_output=True, text=True)
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("unknown",),
+        ("demo", "--rounds", "0"),
+        ("demo", "--max-new-tokens", "many"),
+        ("demo", "--dtype", "int8"),
+        ("demo", "--model", "/no/such/directory"),
+        ("demo", "--model", "a/b/c"),
+        ("demo", "--json", "/no/such/directory/file.json"),
+        ("explain", "rms_norm"),
+        ("explain", "rms_norm", "--shape", "8by8"),
+        ("explain", "no_such_operator", "--shape", "8x8"),
+        ("explain", "rms_norm", "--shape", "8x8", "--target", "sm_10"),
+        ("explain", "rms_norm", "--shape", "2x1000000"),
+        ("explain", "rotary", "--shape", "8x8"),
+        ("bench", "no_such_operator"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_status_2(capsys, arguments):
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert err.startswith("fusedops") and err.count("\n") == 1, err
+    assert "Traceback" not in out + err
+
+
+def test_cuda_is_refused_where_there_is_none(capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("torch finds a CUDA device")
+    for arguments in (("demo", "--device", "cuda"), ("explain", "rms_norm", "--shape", "8x8", "--device", "cuda")):
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and "--device cuda" in err
+
+
+def test_a_directory_that_is_no_model_is_refused(capsys, tmp_path):
+    status, _, err = run(capsys, "demo", "--model", tmp_path)
+    assert status == 2 and "config.json" in err
+    (tmp_path / "config.json").write_text("{}")
+    status, _, err = run(capsys, "demo", "--model", tmp_path)
+    assert status == 2 and "cannot load a language model" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("op", fusedops.OPERATORS)
+def test_explain_every_operator(capsys, op):
+    arguments = ("explain", op, "--shape", "2x16x8x64" if op == "rotary" else "512x1024")
+    status, out, _ = run(capsys, *arguments, "--target", "sm_90a", "--json")
+    told = json.loads(out)
+    assert status == 0 and told["backend"] == "triton" and told["bytes"] > 0 and told["config"]
+    status, out, _ = run(capsys, *arguments, "--device", "cpu")
+    assert status == 0 and op in out
+
+
+def test_doctor_finds_nothing_broken(capsys):
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0, out
+    assert out.rstrip().endswith("Nothing is broken.")
+    assert all(op in out for op in fusedops.OPERATORS)
+
+
+def broken(capsys):
+    """Names of what the doctor finds broken; its exit status must say the same."""
+    status, out, _ = run(capsys, "doctor", "--json")
+    names = json.loads(out)["broken"]
+    assert status == (1 if names else 0)
+    return names
+
+
+def test_doctor_finds_a_wrong_variable(capsys, monkeypatch):
+    set_variable(monkeypatch, "FUSEDOPS_VALIDATE", "7")
+    assert "FUSEDOPS_VALIDATE" in broken(capsys)
+
+
+def test_doctor_finds_a_misspelt_variable(capsys, monkeypatch):
+    set_variable(monkeypatch, "FUSEDOPS_FALLBAK", "raise")
+    assert broken(capsys) == ["FUSEDOPS_FALLBAK"]
+
+
+def test_doctor_finds_a_backend_that_cannot_run(capsys, monkeypatch):
+    set_variable(monkeypatch, "FUSEDOPS_BACKEND", "cuda")
+    assert set(broken(capsys)) == set(fusedops.OPERATORS)
+
+
+def test_doctor_judges_the_cache_directory(capsys, monkeypatch, tmp_path):
+    a_file = tmp_path / "file"
+    a_file.touch()
+    for unusable in (a_file, a_file / "below"):
+        set_variable(monkeypatch, "FUSEDOPS_CACHE_DIR", unusable)
+        assert broken(capsys) == ["cache"]
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    set_variable(monkeypatch, "FUSEDOPS_CACHE_DIR", folder)
+    assert broken(capsys) == []
+    folder.chmod(0o777)
+    assert broken(capsys) == ["cache"]
+
+
+def test_doctor_finds_an_operator_that_is_wrong(capsys, monkeypatch):
+    right = fusedops.rms_norm
+
+    def wrong_unless_reference(*args, **kwargs):
+        return right(*args, **kwargs) * (1 if env.backend() == "reference" else 1.01)
+
+    monkeypatch.setattr(fusedops, "rms_norm", wrong_unless_reference)
+    assert broken(capsys) == ["rms_norm"]
+
+
+def test_doctor_finds_a_package_that_is_too_old(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    assert doctor._version("torch").status == doctor.BROKEN
+
+
+def test_bench_needs_a_checkout(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    status, _, err = run(capsys, "bench", "all")
+    assert status == 2 and "source checkout" in err
+
+
+def test_bench_gathers_rows_and_reports_failures(capsys, monkeypatch, tmp_path):
+    writes = "import json, sys; json.dump([{'arguments': sys.argv[3:]}], open(sys.argv[2], 'w'))"
+    (tmp_path / "bench_one.py").write_text(writes)
+    (tmp_path / "bench_two.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    rows = tmp_path / "rows.json"
+    status, _, err = run(capsys, "bench", "all", "--device", "cpu", "--quick", "--json", rows)
+    assert status == 1 and "failed: two" in err
+    assert json.loads(rows.read_text()) == [{"arguments": ["--device", "cpu", "--quick"]}]
+    assert run(capsys, "bench", "one")[0] == 0
+
+
+def test_demo_on_a_tiny_model(capsys, tiny_model_directory, tmp_path):
+    report = tmp_path / "demo.json"
+    options = ("--device", "cpu", "--prompt", "word3 word5", "--max-new-tokens", 6, "--rounds", 2, "--json", report)
+    status, out, err = run(capsys, "demo", "--model", tiny_model_directory, *options)
+    assert status == 0, err
+    told = json.loads(report.read_text())
+    assert told["tokens"]["equal"] and "Greedy tokens: equal" in out
+    assert told["replaced"] and sum(told["replaced"].values()) >= 7
+    assert all(len(run) == 6 for runs in told["seconds_per_token"].values() for run in runs)
+    assert len(told["seconds_per_token"]["patched"]) == len(told["seconds_per_token"]["unpatched"]) == 2
+    assert told["calls"] and told["summary"]["patched"]["tokens_per_second"] > 0
+    assert "times as fast" in out
+
+
+def test_demo_without_comparison(capsys, tiny_model_directory):
+    options = ("--device", "cpu", "--prompt", "word3", "--max-new-tokens", 1, "--no-compare")
+    status, out, _ = run(capsys, "demo", "--model", tiny_model_directory, *options)
+    assert status == 0 and "times as fast" not in out and "What ran" in out
+
+
+def test_table_is_aligned():
+    assert console.format_table(("", "a"), [("x", 1), ("long", 100)]) == ["         a", "x        1", "long   100"]
