@@ -46,7 +46,8 @@ def environment():
     """The table of environment variables, from the module that reads them."""
     tree = ast.parse((PACKAGE / "_core" / "env.py").read_text())
     table = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "VARIABLES")
-    rows = ["# Environment variables", "", ast.get_docstring(tree), "", "| variable | values | meaning |", "|---|---|---|"]
+    rows = ["# Environment variables", "", ast.get_docstring(tree), ""]
+    rows += ["| variable | values | meaning |", "|---|---|---|"]
     for name, (choices, meaning) in ast.literal_eval(table).items():
         values = ", ".join(f"`{value}`" for value in choices) if choices else "a directory"
         rows.append(f"| `{name}` | {values} | {meaning} |")

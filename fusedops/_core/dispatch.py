@@ -33,6 +33,16 @@ def reset_counters():
     _fallbacks.clear()
 
 
+def count(key):
+    """Count one call of (operator, implementation)."""
+    _calls[key] = _calls.get(key, 0) + 1
+
+
+def leaves_fused_path(implementation, tensor):
+    """Whether an implementation that was not asked for by name takes a call that a kernel was meant to take."""
+    return implementation in _CPU_ORDER and tensor.device.type == "cuda" and env.backend() == "auto"
+
+
 class Selector:
     """Finds the implementation for each call of one operator."""
 
@@ -57,11 +67,10 @@ class Selector:
 
     def _run(self, args, out):
         implementation, rejected = self.select(args)
-        if implementation in _CPU_ORDER and args[0].device.type == "cuda" and env.backend() == "auto":
+        if leaves_fused_path(implementation, args[0]):
             reason = "; ".join(f"{name}: {why}" for name, why in rejected) or "no fused implementation exists"
             leave_fused_path(self.name, args[0], reason, implementation)
-        key = (self.name, implementation)
-        _calls[key] = _calls.get(key, 0) + 1
+        count((self.name, implementation))
         function = self._load(implementation)[0]
         if implementation == "reference":
             return self._run_reference(function, args, out)
@@ -109,6 +118,14 @@ class Selector:
                 return reason
         supports = self._load(implementation)[1]
         return None if supports is None else supports(*args)
+
+    def direct(self, args):
+        """The function that can be called again and again for arguments like these, and what to count; None where
+        each call needs a decision of its own."""
+        implementation, _ = self.select(args)
+        if implementation == "reference" or leaves_fused_path(implementation, args[0]):
+            return None
+        return self._load(implementation)[0], (self.name, implementation)
 
     def _load(self, implementation):
         """(function, supports) of an implementation, imported at its first use."""

@@ -24,6 +24,7 @@ VARIABLES = {
 }
 
 _values: dict[str, str] = {}
+_listeners = []
 
 
 def read(name):
@@ -41,9 +42,20 @@ def read(name):
     return value
 
 
+def on_change(listener):
+    """Call a function whenever a value may have changed."""
+    _listeners.append(listener)
+
+
+def _changed():
+    for listener in _listeners:
+        listener()
+
+
 def refresh():
     """Forget what was read, so that the next use reads the environment again."""
     _values.clear()
+    _changed()
 
 
 @contextlib.contextmanager
@@ -54,6 +66,7 @@ def override(name, value):
         raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}, got {value!r}")
     before = _values.get(name)
     _values[name] = value
+    _changed()
     try:
         yield
     finally:
@@ -61,6 +74,7 @@ def override(name, value):
             _values.pop(name, None)
         else:
             _values[name] = before
+        _changed()
 
 
 def backend():

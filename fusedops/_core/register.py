@@ -3,7 +3,7 @@
 import torch
 from torch.nn import Parameter
 
-from fusedops._core import dispatch
+from fusedops._core import dispatch, env
 
 _LIBRARY = torch.library.Library("fusedops", "DEF")
 _OPERATORS = {}
@@ -13,6 +13,7 @@ _modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
+_MAX_PLANS = 4096  # of one operator: signatures that were checked and selected
 
 
 class Operator:
@@ -34,6 +35,37 @@ class Operator:
         self._selector = dispatch.Selector(self.name, package, implementations, fake)
         self._op = None
         self._op_out = None
+        self._keeps_plans = example is not None and "!" not in schema
+        self._plans = {}
+        env.on_change(self._plans.clear)
+
+    def ready(self, args):
+        """The function to call directly where arguments like these have been checked before; None the first time.
+
+        "Like" is everything that checks and selection look at: types, dtypes, shapes, strides, devices, other values.
+        A function whose checks look at addresses (out, in place) must not ask.
+        """
+        if _watched():
+            return None
+        try:
+            plan = self._plans.get(_signature(args))
+        except TypeError:  # an argument that cannot be hashed is for the checks to refuse
+            return None
+        if plan is None:
+            return None
+        function, key, device_index = plan
+        if device_index is not None and device_index != torch.cuda.current_device():
+            return None
+        dispatch.count(key)
+        return function
+
+    def _plan(self, args):
+        direct = self._selector.direct(args)
+        if direct is None:
+            return
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.clear()
+        self._plans[_signature(args)] = (*direct, args[0].device.index)
 
     def __call__(self, *args, out=None):
         if _dispatcher_needed(args):
@@ -43,6 +75,8 @@ class Operator:
                 raise RuntimeError(f"{self.name}: out must not be given where gradients are recorded, got out=")
             self._op_out(*args, out)
             return out
+        if out is None and self._keeps_plans:
+            self._plan(args)
         return self._selector.run(*args, out=out)
 
     def select(self, args, limits=None):
@@ -50,9 +84,26 @@ class Operator:
         return self._selector.select(args, limits)
 
 
+def _watched():
+    """Whether something wants to see every operator: tracing, modes, function transforms."""
+    return bool(
+        torch.compiler.is_compiling() or _modes() or _function_modes() or _functorch() is not None or _tracing()
+    )
+
+
+def _signature(args):
+    """What checks and selection can see of arguments, as a key."""
+    return torch.is_grad_enabled(), *[
+        (type(arg), arg.dtype, arg.shape, arg.stride(), arg.device, arg.requires_grad)
+        if isinstance(arg, torch.Tensor)
+        else arg
+        for arg in args
+    ]
+
+
 def _dispatcher_needed(args):
     """Whether anything stands between the caller and the tensors: gradients, tracing, modes, subclasses."""
-    if torch.compiler.is_compiling() or _modes() or _function_modes() or _functorch() is not None or _tracing():
+    if _watched():
         return True
     grad = torch.is_grad_enabled()
     for arg in args:

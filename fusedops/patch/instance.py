@@ -44,18 +44,27 @@ class State:
         return getattr(type(module), "forward" if self.slot == HOOKED_SLOT else self.slot)
 
     def run_stock(self, module, reason, args, kwargs):
-        """Run the module's own code for arguments that the operator does not take; never silent on a GPU."""
-        reason = str(reason)
-        seen = reason in self.fallbacks
-        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
-        if any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args):
-            message = f"patch: {type(module).__name__} runs its own code instead of a fused operator ({reason})"
-            policy = env.fallback()
-            if policy == "raise":
-                raise RuntimeError(message)
-            if policy == "warn" and not seen:
-                warnings.warn(message, FallbackWarning, stacklevel=2)
+        """Run the module's own code for arguments that the operator does not take."""
+        record_fallback(self.fallbacks, type(module).__name__, reason, args)
         return self.stock(module)(module, *args, **kwargs)
+
+
+def record_fallback(fallbacks, name, reason, args):
+    """Count a call that the model's own code answers; on a GPU, do what FUSEDOPS_FALLBACK says.
+
+    Raises:
+        RuntimeError: an argument is a CUDA tensor, and the policy is "raise".
+    """
+    reason = str(reason)
+    seen = reason in fallbacks
+    fallbacks[reason] = fallbacks.get(reason, 0) + 1
+    if any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args):
+        message = f"patch: {name} runs its own code instead of a fused operator ({reason})"
+        policy = env.fallback()
+        if policy == "raise":
+            raise RuntimeError(message)
+        if policy == "warn" and not seen:
+            warnings.warn(message, FallbackWarning, stacklevel=4)
 
 
 def install(module, state):

@@ -59,26 +59,28 @@ class RMSNormState(NormState):
         self.rounding = rounding
         self.weight_offset = weight_offset
 
-    def _scale(self, module, x):
-        if self.weight is None:
-            return None
-        weight = module._parameters.get(self.weight)
-        if type(weight) is not Parameter:
-            raise TypeError(f"the weight is a {type(weight).__name__}")
-        if self.rounding == "llama" and weight.dtype != x.dtype:
-            raise TypeError(f"torch's result type of {x.dtype} data and a {weight.dtype} weight is the wider one")
-        return weight
-
     def compute(self, module, x):
         """The norm of x."""
-        weight = self._scale(module, x)
+        weight = module._parameters.get(self.weight)
+        if type(weight) is not Parameter or weight.dtype is not x.dtype:
+            self._check(weight, x)
         return rms_norm(x, weight, self.eps, weight_offset=self.weight_offset, rounding=self.rounding)
 
     def compute_with_residual(self, module, x, residual):
         """(norm of h, h) with h = x + residual."""
-        weight = self._scale(module, x)
-        options = {"weight_offset": self.weight_offset, "rounding": self.rounding}
-        return add_rms_norm(x, residual, weight, self.eps, **options)
+        weight = module._parameters.get(self.weight)
+        if type(weight) is not Parameter or weight.dtype is not x.dtype:
+            self._check(weight, x)
+        return add_rms_norm(x, residual, weight, self.eps, weight_offset=self.weight_offset, rounding=self.rounding)
+
+    def _check(self, weight, x):
+        """Raise TypeError where the weight is not what was recognised, or the stock result has not x's dtype."""
+        if self.weight is None:
+            return
+        if type(weight) is not Parameter:
+            raise TypeError(f"the weight is a {type(weight).__name__}")
+        if self.rounding == "llama":
+            raise TypeError(f"torch's result type of {x.dtype} data and a {weight.dtype} weight is the wider one")
 
 
 class LayerNormState(NormState):
@@ -127,7 +129,7 @@ def add_then_norm(residual, x, norm):
     A norm with a pre-hook gets nothing: the hook may change the sum in place.
     """
     state = norm.__dict__.get("_fusedops")
-    if not isinstance(state, NormState) or norm._forward_pre_hooks:
+    if type(x) is not torch.Tensor or not isinstance(state, NormState) or norm._forward_pre_hooks:
         return residual + x
     try:
         out, h = state.compute_with_residual(norm, x, residual)

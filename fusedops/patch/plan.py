@@ -114,7 +114,8 @@ class Plan:
             except rebuild.CannotRebuildError as reason:
                 found = str(reason)
             else:
-                state = residual.ResidualState(type(layer), norms, next_norm, is_clear, forward)
+                next_hooks = following._forward_pre_hooks if following is not None else {}
+                state = residual.ResidualState(type(layer), norms, next_norm, is_clear, next_hooks, forward)
                 found = state, f"{count} x residual addition and norm in one pass"
             self._add(f"{path}.{index}", layer, "residual", found)
 

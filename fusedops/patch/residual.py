@@ -28,16 +28,18 @@ class ResidualState(State):
         norms: Names of the layer's replaced norms.
         next_norm: The norm that gets the layer's output, or None.
         wall_is_clear: Whether nothing in the loop over the layers can change the output before that norm gets it.
+        next_hooks: The next layer's own table of pre-hooks, which may change it all the same.
     """
 
-    __slots__ = ("call", "next_norm", "norms", "owner", "wall_is_clear")
+    __slots__ = ("call", "next_hooks", "next_norm", "norms", "owner", "wall_is_clear")
 
-    def __init__(self, owner, norms, next_norm, wall_is_clear, call=None):
+    def __init__(self, owner, norms, next_norm, wall_is_clear, next_hooks, call=None):
         super().__init__(residual_forward)
         self.owner = owner
         self.norms = norms
         self.next_norm = next_norm
         self.wall_is_clear = wall_is_clear
+        self.next_hooks = next_hooks
         self.call = call or rewritten_forward(owner, norms, next_norm is not None)[0]
 
     def __reduce__(self):
@@ -49,7 +51,7 @@ class ResidualState(State):
         self.call = rewritten_forward(self.owner, self.norms, self.next_norm is not None)[0]
 
 
-_COPIED = ("owner", "norms", "next_norm", "wall_is_clear", "slot", "previous", "function")
+_COPIED = ("owner", "norms", "next_norm", "wall_is_clear", "next_hooks", "slot", "previous", "function")
 
 
 def _new_state():
@@ -69,7 +71,8 @@ def add_last(residual, x, layer):
     Inference tensors do not tell whether they were changed in place, so for them nothing may stand in between.
     """
     state = layer._fusedops
-    if (layer._forward_hooks or not state.wall_is_clear) and torch.is_inference_mode_enabled():
+    clear = state.wall_is_clear and not layer._forward_hooks and not state.next_hooks
+    if not clear and torch.is_inference_mode_enabled():
         return residual + x
     return add_then_norm(residual, x, state.next_norm)
 
@@ -153,8 +156,9 @@ def _replace_additions(definition, norms, has_next):
             continue
         follower = _following_norm(body[index + 1 :], target, owner, norms)
         if follower is not None:
-            last = follower.func
-            _set(statement, ADD, ast.Attribute(ast.Name(owner, ast.Load()), last.attr, ast.Load()))
+            # the dictionary, because an attribute that is a module takes nn.Module's slow way
+            modules = ast.Attribute(ast.Name(owner, ast.Load()), "_modules", ast.Load())
+            _set(statement, ADD, ast.Subscript(modules, ast.Constant(follower.func.attr), ast.Load()))
         elif has_next and _is_returned(body[index + 1 :], statement, target):
             _set(statement, ADD_LAST, ast.Name(owner, ast.Load()))
         else:

@@ -11,7 +11,7 @@ import torch
 
 from fusedops.ops.rotary import rotary
 from fusedops.patch import rebuild
-from fusedops.patch.instance import UNSUPPORTED, State
+from fusedops.patch.instance import UNSUPPORTED, State, record_fallback
 from fusedops.patch.probing import PROBE_DTYPES, agreement, attempt, generator
 
 HINTS = ("rotary", "rope")  # only globals with such a name are called with probes; what they return decides
@@ -71,20 +71,20 @@ class RotaryFunction:
             if not heads_last:
                 return self._run_stock("further arguments", q, k, cos, sin, *args, **kwargs)
         try:
-            if cos.dtype != q.dtype and not form.wide_angles:
+            if cos.dtype is not q.dtype and not form.wide_angles:
                 raise TypeError(f"torch's result type of {q.dtype} heads and {cos.dtype} angles is the wider one")
             all_cos, all_sin = (cos, sin) if form.angles == "each" else (form.spread(cos), form.spread(sin))
-            if all_cos.shape[-1] != q.shape[-1] and not form.partial:
+            if not form.partial and all_cos.size(-1) != q.size(-1):
                 raise ValueError(f"cos must be as wide as the heads, {q.shape[-1]}, got {all_cos.shape[-1]}")
             if heads_last:
                 return rotary(q, k, all_cos, all_sin, interleaved=form.interleaved)
             q, k = rotary(q.transpose(1, 2), k.transpose(1, 2), all_cos, all_sin, interleaved=form.interleaved)
             return q.transpose(1, 2), k.transpose(1, 2)
         except UNSUPPORTED as reason:
-            return self._run_stock(str(reason), q, k, cos, sin, **kwargs)
+            return self._run_stock(reason, q, k, cos, sin, **kwargs)
 
     def _run_stock(self, reason, *args, **kwargs):
-        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+        record_fallback(self.fallbacks, getattr(self.stock, "__name__", "the rotary function"), reason, args)
         return self.stock(*args, **kwargs)
 
     def __reduce__(self):

@@ -1,4 +1,4 @@
-"""Every public operator on a GPU: accuracy, strides, streams, graphs, determinism, size. Operators are found by name."""
+"""Every public operator on a GPU: accuracy, determinism, streams, graphs, size. Operators are found by name."""
 
 import inspect
 

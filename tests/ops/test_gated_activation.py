@@ -97,6 +97,16 @@ def test_equal_to_the_composition_bitwise_on_the_cpu(activation, tensors):
         assert torch.equal(gated(activation, *tensors), composition(activation, *tensors))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_constant_to_the_last_digit(activation):
+    """Element by element, where the default budget looks at the largest."""
+    gate = torch.linspace(-3, 3, 2001)
+    up = torch.ones_like(gate)
+    with using("triton"):
+        out = gated(activation, gate, up)
+    torch.testing.assert_close(out, call(activation, "", gate, up).float(), rtol=1e-6, atol=4e-7)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @given(tensors=operands(min_rows=1, min_n=8), seed=strategies.seeds())
@@ -106,6 +116,8 @@ def test_gradients(activation, implementation, tensors, seed):
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     with using(implementation):
         dgate, dup = torch.autograd.grad(gated(activation, *leaves), leaves, grad)
+        if implementation == "triton":  # the rounded activation is what up was multiplied by
+            assert torch.equal(dup, gated(activation, gate, grad))
     expected = call(activation, "_backward", grad, gate, up)
     check(activation, dup, gate, grad, expected[1], "dup")
     # a derivative is a sum of terms like x * s * (1 - s): each of the four roundings is of the size of gate at most

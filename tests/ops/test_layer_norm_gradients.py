@@ -81,6 +81,18 @@ def test_gradients_of_long_rows(implementation, n):
         assert torch.equal(result, repeated)
 
 
+@pytest.mark.parametrize("n", [77, 20000])
+def test_gradients_with_a_large_mean(n):
+    """The backward kernel finds the deviation from centred values too."""
+    x, grad = make_tensor((5, n), torch.float32, seed=0) + 1000, make_tensor((5, n), torch.float32, seed=1)
+    leaves = (x, *parameters(n, torch.float32, 2))
+    with using("triton"):
+        found = gradients(layer_norm, leaves, grad)
+    expected = gradients(truth, [t.double() for t in leaves], grad.double())
+    for result, wanted in zip(found, expected, strict=True):
+        assert_accurate(result, wanted)
+
+
 def test_reference_gradcheck():
     x, residual = (make_tensor((3, 5), torch.float64, seed=i).requires_grad_() for i in range(2))
     weight, bias = (make_tensor((5,), torch.float64, seed=i).requires_grad_() for i in (2, 3))

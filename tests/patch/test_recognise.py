@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fusedops.patch import patch
 from fusedops.patch.gates import find_gate
 from fusedops.patch.norms import find_norm
-from fusedops.patch.rotary import RotaryForm, rotary_form
+from fusedops.patch.rotary import RotaryForm, RotaryFunction, rotary_form
 from tests.patch.tiny_models import fill
 
 
@@ -242,6 +242,43 @@ def test_rotary_forms(stock):
 )
 def test_other_rotary_functions_are_left_alone(stock):
     assert rotary_form(stock) is None
+
+
+def _heads(dtype=torch.float32):
+    angles = torch.randn(2, 3, 16)
+    heads = [torch.randn(2, number, 3, 16).to(dtype) for number in (4, 2)]
+    return *heads, angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def test_rotary_calls_that_the_operator_takes():
+    rotate = RotaryFunction(_neox, rotary_form(_neox))
+    q, k, cos, sin = _heads()
+    for mine, stock in zip(rotate(q, k, cos, sin), _neox(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(mine, stock)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    for mine, stock in zip(rotate(q, k, cos, sin, unsqueeze_dim=2), _neox(q, k, cos, sin, 2), strict=True):
+        torch.testing.assert_close(mine, stock)
+    assert rotate.fallbacks == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda q, k, cos, sin: (q.bfloat16(), k.bfloat16(), cos, sin), "result type"),
+        (lambda q, k, cos, sin: (q.double(), k.double(), cos.double(), sin.double()), "float64"),
+        (lambda q, k, cos, sin: (q, k, cos, sin, 1), "further arguments"),
+        (lambda q, k, cos, sin: (q, k, cos[..., :1], sin[..., :1]), "as wide as the heads"),
+        (lambda q, k, cos, sin: (q.mT.contiguous().mT, k, cos, sin), "contiguous"),
+    ],
+)
+def test_rotary_calls_that_the_model_answers(change, reason):
+    """Other dtypes, strides and arguments: the model's own function, with its own result dtype, and it is counted."""
+    rotate = RotaryFunction(_neox, rotary_form(_neox))
+    arguments = change(*_heads())
+    for mine, stock in zip(rotate(*arguments), _neox(*arguments), strict=True):
+        assert mine.dtype == stock.dtype and torch.equal(mine, stock)
+    (counted,) = rotate.fallbacks.items()
+    assert reason in counted[0] and counted[1] == 1
 
 
 def test_rotary_function_may_be_a_module():

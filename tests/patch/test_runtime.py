@@ -1,11 +1,15 @@
 """A patched model gives what the unpatched one gives, whatever reaches it."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import fusedops
+from fusedops import FallbackWarning
+from fusedops._core import env
 from fusedops.patch import patch
 from tests.patch.tiny_models import Mixer, Scaler, fill, logits, tiny, tokens, tower
 
@@ -22,6 +26,33 @@ def test_float64_model():
     paths = {path for path, _ in counts}
     assert paths == {row.path for row in handle.report.replaced if row.kind != "residual"}
     assert all("float64" in reason for _, reason in counts)
+
+
+@pytest.mark.parametrize("policy", ["raise", "warn", "silent"])
+def test_fallback_policy_on_a_gpu(policy, monkeypatch):
+    """Leaving the fused path with CUDA tensors is never silent unless that was asked for."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setenv("FUSEDOPS_FALLBACK", policy)
+    env.refresh()
+    model = nn.Sequential(nn.RMSNorm(8, eps=1e-5)).double()
+    x = torch.randn(2, 8, dtype=torch.float64).as_subclass(OnGpu)
+    handle = patch(model)
+    if policy == "raise":
+        with pytest.raises(RuntimeError, match="RMSNorm runs its own code instead of a fused operator .*float64"):
+            model(x)
+    elif policy == "warn":
+        with pytest.warns(FallbackWarning, match="RMSNorm runs its own code") as warned:
+            model(x)
+            model(x)
+        assert len(warned) == 1
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)
+    assert sum(handle.fallbacks().values()) == (2 if policy == "warn" else 1)
 
 
 def test_last_dimension_not_contiguous():
@@ -158,13 +189,13 @@ def _add_hook(model, place, seen):
         return hook
 
     def in_place(x):
-        x.mul_(1.5)
+        x[..., ::2].add_(1.0)  # not a factor, which a norm would take out again
 
     floor = model.floors[1]
     if place == "norm edits":
         floor.before_mixing.register_forward_pre_hook(before(in_place))
     elif place == "norm replaces":
-        floor.before_looking.register_forward_pre_hook(before(lambda x: (x * 1.5,)))
+        floor.before_looking.register_forward_pre_hook(before(lambda x: (x.roll(1, -1),)))
     elif place == "norm output":
         model.roof.register_forward_hook(after(lambda x: x * 1.5))
     elif place == "layer edits":

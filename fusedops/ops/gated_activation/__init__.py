@@ -33,8 +33,12 @@ def silu_mul(gate, up, *, out=None):
     Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
     From: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
     """
+    args = gate, up
+    run = _silu_mul.ready(args) if out is None else None
+    if run is not None:
+        return run(*args)
     _check("silu_mul", gate, up, out)
-    return _silu_mul(gate, up, out=out)
+    return _silu_mul(*args, out=out)
 
 
 def gelu_mul(gate, up, *, approximate="none", out=None):
@@ -65,10 +69,14 @@ def gelu_mul(gate, up, *, approximate="none", out=None):
     Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
     From: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
     """
+    args = gate, up, approximate
+    run = _gelu_mul.ready(args) if out is None else None
+    if run is not None:
+        return run(*args)
     _check("gelu_mul", gate, up, out)
     if env.validate():
         checks.check_choice("gelu_mul", "approximate", approximate, APPROXIMATIONS)
-    return _gelu_mul(gate, up, approximate, out=out)
+    return _gelu_mul(*args, out=out)
 
 
 def _check(op, gate, up, out):

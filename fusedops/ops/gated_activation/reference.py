@@ -3,8 +3,6 @@
 round_to is the dtype that the activation is rounded to, for a truth that is computed in a wider one.
 """
 
-import math
-
 import torch
 
 
@@ -35,8 +33,8 @@ def _silu(gate):
 def _gelu(gate, approximate):
     """gate times a distribution function, in the forms whose lower tail does not cancel."""
     if approximate == "tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        return gate * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (gate + 0.044715 * gate**3))
-    return gate * 0.5 * torch.special.erfc(gate * -math.sqrt(0.5))
+        return gate * torch.sigmoid(2.0 * (2.0 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))
+    return gate * 0.5 * torch.special.erfc(gate * -(0.5**0.5))
 
 
 def _gated(activated, gate, up, round_to):

@@ -36,10 +36,14 @@ def layer_norm(x, weight, bias=None, eps=1e-5, *, out=None):
     Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
     From: Ba, Kiros and Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
     """
+    args = x, weight, bias, eps
+    run = _layer_norm.ready(args) if out is None else None
+    if run is not None:
+        return run(*args)
     _check("layer_norm", weight, bias, eps, x=x)
     if out is not None:
         checks.check_out("layer_norm", out, x, x=x, weight=weight, bias=bias)
-    return _layer_norm(x, weight, bias, eps, out=out)
+    return _layer_norm(*args, out=out)
 
 
 def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
@@ -64,8 +68,12 @@ def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
     Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
     From: Ba, Kiros and Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
     """
+    args = x, residual, weight, bias, eps
+    run = _add_layer_norm.ready(args)
+    if run is not None:
+        return run(*args)
     _check("add_layer_norm", weight, bias, eps, x=x, residual=residual)
-    return _add_layer_norm(x, residual, weight, bias, eps)
+    return _add_layer_norm(*args)
 
 
 def _check(op, weight, bias, eps, **rows):

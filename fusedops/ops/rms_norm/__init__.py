@@ -36,10 +36,14 @@ def rms_norm(x, weight, eps=1e-6, *, weight_offset=0.0, rounding="once", out=Non
     Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
+    args = x, weight, eps, weight_offset, rounding
+    run = _rms_norm.ready(args) if out is None else None
+    if run is not None:
+        return run(*args)
     _check("rms_norm", weight, eps, rounding, x=x)
     if out is not None:
         checks.check_out("rms_norm", out, x, x=x, weight=weight)
-    return _rms_norm(x, weight, eps, weight_offset, rounding, out=out)
+    return _rms_norm(*args, out=out)
 
 
 def add_rms_norm(x, residual, weight, eps=1e-6, *, weight_offset=0.0, rounding="once"):
@@ -64,8 +68,12 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, weight_offset=0.0, rounding="
     Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
+    args = x, residual, weight, eps, weight_offset, rounding
+    run = _add_rms_norm.ready(args)
+    if run is not None:
+        return run(*args)
     _check("add_rms_norm", weight, eps, rounding, x=x, residual=residual)
-    return _add_rms_norm(x, residual, weight, eps, weight_offset, rounding)
+    return _add_rms_norm(*args)
 
 
 def add_rms_norm_(x, residual, weight, eps=1e-6, *, weight_offset=0.0, rounding="once"):

@@ -35,6 +35,10 @@ def rotary(q, k, cos, sin, *, interleaved=False):
     From: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
         https://arxiv.org/abs/2104.09864
     """
+    args = q, k, cos, sin, interleaved
+    run = _rotary.ready(args)
+    if run is not None:
+        return run(*args)
     sizes = checks.bind_shapes("rotary", q=(q, "B S H D"), k=(k, "B S Hk D"), cos=(cos, "C S R"), sin=(sin, "C S R"))
     checks.check_float("rotary", q=q, k=k)
     checks.check_parameter("rotary", q, cos=cos, sin=sin)
@@ -48,7 +52,7 @@ def rotary(q, k, cos, sin, *, interleaved=False):
         raise NotImplementedError(f"rotary: D must be at most MAX_D = {MAX_D}, got {head_dim}")
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise NotImplementedError("rotary: cos and sin must not require gradients, this operator has none for them")
-    return _rotary(q, k, cos, sin, interleaved)
+    return _rotary(*args)
 
 
 def _cost(q, k, cos, sin, interleaved):
