@@ -119,12 +119,8 @@ class Selector:
         supports = self._load(implementation)[1]
         return None if supports is None else supports(*args)
 
-    def direct(self, args):
-        """The function that can be called again and again for arguments like these, and what to count; None where
-        each call needs a decision of its own."""
-        implementation, _ = self.select(args)
-        if implementation == "reference" or leaves_fused_path(implementation, args[0]):
-            return None
+    def entry(self, implementation):
+        """The function of an implementation, and the key that counts its calls."""
         return self._load(implementation)[0], (self.name, implementation)
 
     def _load(self, implementation):

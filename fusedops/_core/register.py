@@ -4,6 +4,7 @@ import torch
 from torch.nn import Parameter
 
 from fusedops._core import dispatch, env
+from fusedops._core.checks import FLOATS
 
 _LIBRARY = torch.library.Library("fusedops", "DEF")
 _OPERATORS = {}
@@ -37,7 +38,29 @@ class Operator:
         self._op_out = None
         self._keeps_plans = example is not None and "!" not in schema
         self._plans = {}
-        env.on_change(self._plans.clear)
+        self._direct = None
+        env.on_change(self._forget)
+
+    def _forget(self):
+        self._plans.clear()
+        self._direct = None
+
+    def direct(self, tensor):
+        """torch's composition, where a call on this CPU tensor would run it and no gradient is recorded; else None.
+
+        For callers that have the arguments' shapes from the structure they are in, such as a patched model: the
+        composition takes whatever torch takes, is seen by modes and transforms, and costs nothing to reach. The call
+        is counted here.
+        """
+        if not tensor.is_cpu or torch.is_grad_enabled() or tensor.dtype not in FLOATS:
+            return None
+        if self._direct is None:
+            self._direct = self._selector.entry("torch") if env.backend() in ("auto", "torch") else ()
+        if not self._direct:
+            return None
+        function, key = self._direct
+        dispatch.count(key)
+        return function
 
     def ready(self, args):
         """The function to call directly where arguments like these have been checked before; None the first time.
@@ -60,12 +83,12 @@ class Operator:
         return function
 
     def _plan(self, args):
-        direct = self._selector.direct(args)
-        if direct is None:
-            return
+        implementation, _ = self._selector.select(args)
+        if implementation == "reference" or dispatch.leaves_fused_path(implementation, args[0]):
+            return  # each such call needs a decision, or a warning, of its own
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
-        self._plans[_signature(args)] = (*direct, args[0].device.index)
+        self._plans[_signature(args)] = (*self._selector.entry(implementation), args[0].device.index)
 
     def __call__(self, *args, out=None):
         if _dispatcher_needed(args):

@@ -10,6 +10,7 @@ from itertools import permutations
 import torch
 from torch.nn import functional as F
 
+from fusedops._core.register import operators
 from fusedops.ops.gated_activation import gelu_mul, silu_mul
 from fusedops.patch.instance import UNSUPPORTED, State
 from fusedops.patch.probing import PROBE_DTYPES, Recorder, agreement, attempt, detached_copy, generator
@@ -17,18 +18,32 @@ from fusedops.patch.probing import PROBE_DTYPES, Recorder, agreement, attempt, d
 BUDGETS = 2  # an activation spelled out, such as x * sigmoid(x), also rounds its factors
 GATE_METHOD = "_apply_gate"  # transformers' packed experts call it between their two grouped products
 
-# torch's activation, our operator that multiplies it with up, and how the report calls it
-ACTIVATIONS = (
-    (F.silu, lambda: silu_mul, "silu_mul"),
-    (F.gelu, lambda: gelu_mul, "gelu_mul"),
-    (
-        partial(F.gelu, approximate="tanh"),
-        lambda: partial(gelu_mul, approximate="tanh"),
-        "gelu_mul(approximate='tanh')",
-    ),
-)
-
+_silu_mul, _gelu_mul = operators()["silu_mul"], operators()["gelu_mul"]
 _is_compiling = torch.compiler.is_compiling
+
+
+def _alike(gate, up):
+    return gate.dtype is up.dtype and gate.shape == up.shape
+
+
+def multiply_silu(gate, up):
+    """``silu(gate) * up``."""
+    run = _silu_mul.direct(gate) if _alike(gate, up) else None
+    return silu_mul(gate, up) if run is None else run(gate, up)
+
+
+def multiply_gelu(gate, up, approximate="none"):
+    """``gelu(gate) * up``."""
+    run = _gelu_mul.direct(gate) if _alike(gate, up) else None
+    return gelu_mul(gate, up, approximate=approximate) if run is None else run(gate, up, approximate)
+
+
+# torch's activation, our function that multiplies it with up, and how the report calls it
+ACTIVATIONS = (
+    (F.silu, multiply_silu, "silu_mul"),
+    (F.gelu, multiply_gelu, "gelu_mul"),
+    (partial(F.gelu, approximate="tanh"), partial(multiply_gelu, approximate="tanh"), "gelu_mul(approximate='tanh')"),
+)
 
 
 class GateState(State):
@@ -124,7 +139,7 @@ def _find_mlp(module):
     operator, text = ACTIVATIONS[activation][1:]
     names = ", ".join((gate, up) if up else (f"{gate} halves",))
     function = gated_forward if up else packed_forward
-    return GateState(function, operator(), gate, up, down, gate_first), f"{text} of {names}"
+    return GateState(function, operator, gate, up, down, gate_first), f"{text} of {names}"
 
 
 def _is_projection(child):
@@ -198,4 +213,4 @@ def _find_experts(module):
         return "the experts' gate is neither silu(gate) * up nor gelu(gate) * up"
     activation, gate_first = best[0], best[-1]
     operator, text = ACTIVATIONS[activation][1:]
-    return GateState(apply_gate, operator(), gate_first=gate_first, slot=GATE_METHOD), f"{text} in {GATE_METHOD}"
+    return GateState(apply_gate, operator, gate_first=gate_first, slot=GATE_METHOD), f"{text} in {GATE_METHOD}"

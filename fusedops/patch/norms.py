@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from fusedops._core.register import operators
 from fusedops.ops.layer_norm import add_layer_norm, layer_norm
 from fusedops.ops.rms_norm import add_rms_norm, rms_norm
 from fusedops.patch.instance import UNSUPPORTED, State
@@ -16,6 +17,7 @@ MAX_EPS = 0.1  # a larger float attribute of a norm is something else
 # (rounding, weight_offset), in the order in which equally good fits are taken
 FORMULAS = (("llama", 0.0), ("once", 0.0), ("once", 1.0), ("llama", 1.0))
 
+_rms_norm, _add_rms_norm = operators()["rms_norm"], operators()["add_rms_norm"]
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -64,6 +66,9 @@ class RMSNormState(NormState):
         weight = module._parameters.get(self.weight)
         if type(weight) is not Parameter or weight.dtype is not x.dtype:
             self._check(weight, x)
+        run = _rms_norm.direct(x)
+        if run is not None:
+            return run(x, weight, self.eps, self.weight_offset, self.rounding)
         return rms_norm(x, weight, self.eps, weight_offset=self.weight_offset, rounding=self.rounding)
 
     def compute_with_residual(self, module, x, residual):
@@ -71,6 +76,10 @@ class RMSNormState(NormState):
         weight = module._parameters.get(self.weight)
         if type(weight) is not Parameter or weight.dtype is not x.dtype:
             self._check(weight, x)
+        alike = residual.dtype is x.dtype and residual.shape == x.shape
+        run = _add_rms_norm.direct(x) if alike else None
+        if run is not None:
+            return run(x, residual, weight, self.eps, self.weight_offset, self.rounding)
         return add_rms_norm(x, residual, weight, self.eps, weight_offset=self.weight_offset, rounding=self.rounding)
 
     def _check(self, weight, x):

@@ -9,6 +9,7 @@ from itertools import product
 
 import torch
 
+from fusedops._core.register import operators
 from fusedops.ops.rotary import rotary
 from fusedops.patch import rebuild
 from fusedops.patch.instance import UNSUPPORTED, State, record_fallback
@@ -17,6 +18,7 @@ from fusedops.patch.probing import PROBE_DTYPES, agreement, attempt, generator
 HINTS = ("rotary", "rope")  # only globals with such a name are called with probes; what they return decides
 ANGLES = ("each", "pair", "first half")
 
+_rotary = operators()["rotary"]
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -76,6 +78,9 @@ class RotaryFunction:
             all_cos, all_sin = (cos, sin) if form.angles == "each" else (form.spread(cos), form.spread(sin))
             if not form.partial and all_cos.size(-1) != q.size(-1):
                 raise ValueError(f"cos must be as wide as the heads, {q.shape[-1]}, got {all_cos.shape[-1]}")
+            run = _rotary.direct(q)
+            if run is not None:
+                return run(q, k, all_cos, all_sin, form.interleaved, 2 if heads_last else 1)
             if heads_last:
                 return rotary(q, k, all_cos, all_sin, interleaved=form.interleaved)
             q, k = rotary(q.transpose(1, 2), k.transpose(1, 2), all_cos, all_sin, interleaved=form.interleaved)

@@ -147,3 +147,15 @@ def test_the_memory_of_signatures_is_bounded(monkeypatch):
     for rows in range(1, 10):
         fusedops.rms_norm(torch.ones(rows, 8), W)
         assert len(operators()["rms_norm"]._plans) <= 3
+
+
+def test_direct_is_torchs_composition_on_the_cpu_without_gradients():
+    operator = operators()["rms_norm"]
+    with torch.no_grad():
+        run = operator.direct(X)
+        assert run is operator._selector.module("torch").rms_norm and counters() == {("rms_norm", "torch"): 1}
+        assert operator.direct(X.double()) is None and operator.direct(X.to("meta")) is None
+        with env.override("FUSEDOPS_BACKEND", "triton"):
+            assert operator.direct(X) is None
+        assert operator.direct(X) is run
+    assert operator.direct(X) is None

@@ -1,23 +1,21 @@
 """RMS norm by torch's own operators: the CPU's way, and other devices'.
 
-`F.rms_norm` works in float32 inside and rounds once, in the order of operations of Hugging Face's norms: equal bits.
+`torch.rms_norm` works in float32 inside and rounds once, in the order of operations of Hugging Face's norms.
 """
 
 import torch
-import torch.nn.functional as F
 
 
 def rms_norm(x, weight, eps, weight_offset, rounding, out=None):
-    """One fused call where weight and roundings allow it, two otherwise."""
-    size = x.shape[-1:]
-    if weight is None or (rounding == "llama" and x.dtype != torch.float32):
-        y = F.rms_norm(x, size, None, eps)
+    """One call where weight and roundings allow it, two otherwise."""
+    if weight is None or (rounding == "llama" and x.dtype is not torch.float32):
+        y = torch.rms_norm(x, x.shape[-1:], None, eps)
         if weight is not None:
             y = (y * weight if not weight_offset else y * (weight.float() + weight_offset)).to(x.dtype)
-    elif not weight_offset and weight.dtype == x.dtype:
-        y = F.rms_norm(x, size, weight, eps)
+    elif not weight_offset and weight.dtype is x.dtype:
+        y = torch.rms_norm(x, weight.shape, weight, eps)
     else:
-        y = F.rms_norm(x.float(), size, weight.float() + weight_offset, eps).to(x.dtype)
+        y = torch.rms_norm(x.float(), weight.shape, weight.float() + weight_offset, eps).to(x.dtype)
     return y.contiguous() if out is None else out.copy_(y)
 
 
