@@ -10,10 +10,14 @@ _LIBRARY = torch.library.Library("fusedops", "DEF")
 _OPERATORS = {}
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_functorch = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
+_is_compiling = torch.compiler.is_compiling
+_included_keys = torch._C._dispatch_tls_local_include_set
+# Dispatch keys that stand in every thread. A mode, a transform or a trace adds its own.
+_USUAL_KEYS = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+).raw_repr()
+_PLAIN = frozenset((torch.Tensor, Parameter))
 _MAX_PLANS = 4096  # of one operator: signatures that were checked and selected
 
 
@@ -109,17 +113,13 @@ class Operator:
 
 def _watched():
     """Whether something wants to see every operator: tracing, modes, function transforms."""
-    return bool(
-        torch.compiler.is_compiling() or _modes() or _function_modes() or _functorch() is not None or _tracing()
-    )
+    return _is_compiling() or _included_keys().raw_repr() & ~_USUAL_KEYS != 0
 
 
 def _signature(args):
-    """What checks and selection can see of arguments, as a key."""
+    """What checks and selection can see of arguments, as a key. Of a tensor subclass it is the object itself."""
     return torch.is_grad_enabled(), *[
-        (type(arg), arg.dtype, arg.shape, arg.stride(), arg.device, arg.requires_grad)
-        if isinstance(arg, torch.Tensor)
-        else arg
+        (arg.dtype, arg.shape, arg.stride(), arg.device, arg.requires_grad) if type(arg) in _PLAIN else arg
         for arg in args
     ]
 
@@ -131,8 +131,7 @@ def _dispatcher_needed(args):
     grad = torch.is_grad_enabled()
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            kind = type(arg)
-            if (kind is not torch.Tensor and kind is not Parameter) or (grad and arg.requires_grad):
+            if type(arg) not in _PLAIN or (grad and arg.requires_grad):
                 return True
     return False
 
