@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from collections import defaultdict
 
 import torch
 
@@ -9,8 +10,8 @@ from fusedops._core import env
 from fusedops._core.device import triton_rejection
 
 _CPU_ORDER = ("torch", "reference")
-_calls = {}
-_fallbacks = {}
+calls = defaultdict(int)  # by (operator, implementation); counted in place where every microsecond counts
+_fallbacks = defaultdict(int)
 
 
 class FallbackWarning(UserWarning):
@@ -19,7 +20,7 @@ class FallbackWarning(UserWarning):
 
 def counters():
     """Calls since the last reset, by (operator, implementation)."""
-    return dict(_calls)
+    return dict(calls)
 
 
 def fallbacks():
@@ -29,13 +30,8 @@ def fallbacks():
 
 def reset_counters():
     """Set both counters to zero; a reason that was warned about is warned about again."""
-    _calls.clear()
+    calls.clear()
     _fallbacks.clear()
-
-
-def count(key):
-    """Count one call of (operator, implementation)."""
-    _calls[key] = _calls.get(key, 0) + 1
 
 
 def leaves_fused_path(implementation, tensor):
@@ -70,7 +66,7 @@ class Selector:
         if leaves_fused_path(implementation, args[0]):
             reason = "; ".join(f"{name}: {why}" for name, why in rejected) or "no fused implementation exists"
             leave_fused_path(self.name, args[0], reason, implementation)
-        count((self.name, implementation))
+        calls[self.name, implementation] += 1
         function = self._load(implementation)[0]
         if implementation == "reference":
             return self._run_reference(function, args, out)
@@ -148,7 +144,7 @@ def leave_fused_path(op, tensor, reason, implementation="torch"):
         return
     key = (op, reason)
     seen = key in _fallbacks
-    _fallbacks[key] = _fallbacks.get(key, 0) + 1
+    _fallbacks[key] += 1
     policy = env.fallback()
     message = f"{op}: runs on the {implementation} implementation instead of a fused kernel ({reason})"
     if policy == "raise":

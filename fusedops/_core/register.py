@@ -10,7 +10,7 @@ _LIBRARY = torch.library.Library("fusedops", "DEF")
 _OPERATORS = {}
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _included_keys = torch._C._dispatch_tls_local_include_set
 # Dispatch keys that stand in every thread. A mode, a transform or a trace adds its own.
 _USUAL_KEYS = (
@@ -63,7 +63,7 @@ class Operator:
         if not self._direct:
             return None
         function, key = self._direct
-        dispatch.count(key)
+        dispatch.calls[key] += 1
         return function
 
     def ready(self, args):
@@ -83,7 +83,7 @@ class Operator:
         function, key, device_index = plan
         if device_index is not None and device_index != torch.cuda.current_device():
             return None
-        dispatch.count(key)
+        dispatch.calls[key] += 1
         return function
 
     def _plan(self, args):

@@ -1,5 +1,7 @@
 """Find, convert and load the language model that a command works on."""
 
+import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -28,7 +30,6 @@ class LoadedModel:
 
 def require_transformers():
     """Import transformers without its progress bars and warnings; a clear error where it is missing."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bar heeds nothing else
     try:
         import transformers
     except ImportError as error:
@@ -73,8 +74,9 @@ def convert_gguf(gguf, target):
 
     transformers = require_transformers()
     where = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **where)
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    with _no_progress_bars():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
     _strip_quantizer(model)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -88,6 +90,19 @@ def convert_gguf(gguf, target):
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_progress_bars():
+    """Silence tqdm: the GGUF reader's bar heeds no setting of transformers."""
+    from tqdm.auto import tqdm
+
+    original = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 def _strip_quantizer(model):

@@ -19,22 +19,18 @@ BUDGETS = 2  # an activation spelled out, such as x * sigmoid(x), also rounds it
 GATE_METHOD = "_apply_gate"  # transformers' packed experts call it between their two grouped products
 
 _silu_mul, _gelu_mul = operators()["silu_mul"], operators()["gelu_mul"]
-_is_compiling = torch.compiler.is_compiling
-
-
-def _alike(gate, up):
-    return gate.dtype is up.dtype and gate.shape == up.shape
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 def multiply_silu(gate, up):
     """``silu(gate) * up``."""
-    run = _silu_mul.direct(gate) if _alike(gate, up) else None
+    run = _silu_mul.direct(gate) if gate.dtype is up.dtype and gate.shape == up.shape else None
     return silu_mul(gate, up) if run is None else run(gate, up)
 
 
 def multiply_gelu(gate, up, approximate="none"):
     """``gelu(gate) * up``."""
-    run = _gelu_mul.direct(gate) if _alike(gate, up) else None
+    run = _gelu_mul.direct(gate) if gate.dtype is up.dtype and gate.shape == up.shape else None
     return gelu_mul(gate, up, approximate=approximate) if run is None else run(gate, up, approximate)
 
 

@@ -18,7 +18,7 @@ MAX_EPS = 0.1  # a larger float attribute of a norm is something else
 FORMULAS = (("llama", 0.0), ("once", 0.0), ("once", 1.0), ("llama", 1.0))
 
 _rms_norm, _add_rms_norm = operators()["rms_norm"], operators()["add_rms_norm"]
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
 

@@ -15,7 +15,7 @@ from fusedops.patch.norms import add_then_norm
 
 ADD, ADD_LAST = "_fusedops_add", "_fusedops_add_last"
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
 

@@ -19,7 +19,7 @@ HINTS = ("rotary", "rope")  # only globals with such a name are called with prob
 ANGLES = ("each", "pair", "first half")
 
 _rotary = operators()["rotary"]
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 @dataclass(frozen=True)

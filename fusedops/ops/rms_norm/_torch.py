@@ -7,7 +7,13 @@ import torch
 
 
 def rms_norm(x, weight, eps, weight_offset, rounding, out=None):
-    """One call where weight and roundings allow it, two otherwise."""
+    """The norm, contiguous or in `out`."""
+    y = _normalise(x, weight, eps, weight_offset, rounding)
+    return y.contiguous() if out is None else out.copy_(y)
+
+
+def _normalise(x, weight, eps, weight_offset, rounding):
+    """One call where weight and roundings allow it, two otherwise; the layout is x's."""
     if weight is None or (rounding == "llama" and x.dtype is not torch.float32):
         y = torch.rms_norm(x, x.shape[-1:], None, eps)
         if weight is not None:
@@ -16,19 +22,19 @@ def rms_norm(x, weight, eps, weight_offset, rounding, out=None):
         y = torch.rms_norm(x, weight.shape, weight, eps)
     else:
         y = torch.rms_norm(x.float(), weight.shape, weight.float() + weight_offset, eps).to(x.dtype)
-    return y.contiguous() if out is None else out.copy_(y)
+    return y
 
 
 def add_rms_norm(x, residual, weight, eps, weight_offset, rounding):
     """The sum is made once, contiguous, and normalised."""
     h = (x + residual).contiguous()
-    return rms_norm(h, weight, eps, weight_offset, rounding), h
+    return _normalise(h, weight, eps, weight_offset, rounding), h
 
 
 def add_rms_norm_(x, residual, weight, eps, weight_offset, rounding):
     """In place, without a copy of the sum."""
     residual += x
-    x.copy_(rms_norm(residual, weight, eps, weight_offset, rounding))
+    x.copy_(_normalise(residual, weight, eps, weight_offset, rounding))
 
 
 def rms_norm_backward(grad, x, weight, eps, weight_offset, grad_h):
