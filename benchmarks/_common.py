@@ -123,11 +123,11 @@ def measure(case, device, rounds, bandwidth, graph):
 
 def table(rows):
     """The rows as text, ours first, each peer with the ratio of its time to ours."""
-    lines = [f"{'operator':<14}{'shape':<18}{'dtype':<10}{'ours':>11}{'of BW*':>8}   peers (times ours)"]
+    lines = [f"{'operator':<16}{'shape':<18}{'dtype':<10}{'ours':>11}{'of BW*':>8}   peers (times ours)"]
     for row in rows:
         peers = ", ".join(f"{name} {seconds / row['seconds']:.2f}" for name, seconds in row["peers"].items())
         lines.append(
-            f"{row['op']:<14}{row['shape']:<18}{row['dtype']:<10}{row['seconds'] * 1e6:>9.1f}us"
+            f"{row['op']:<16}{row['shape']:<18}{row['dtype']:<10}{row['seconds'] * 1e6:>9.1f}us"
             f"{row['share_of_copy_bandwidth']:>8.0%}   {peers}"
         )
     return "\n".join(lines)

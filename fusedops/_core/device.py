@@ -50,7 +50,7 @@ TARGETS = {
 # The interpreter runs programs one after another: few of them keep its tests fast.
 INTERPRETER = DeviceLimits("Triton interpreter", "sm_90a", 4, 227 * KIB, 50 * KIB**2)
 
-MIN_CAPABILITY = 75
+MIN_CAPABILITY = 80  # what Triton supports
 
 
 def limits(device):

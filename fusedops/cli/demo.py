@@ -57,12 +57,13 @@ def _positive(text):
 def run(args):
     """Run the command; 1 where the greedy tokens of the patched model differ in float32."""
     console = Console()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before our own work counts
     models.require_transformers()
     device, dtype = _place(args)
     check_output(args.json)
     loaded = models.load(args.model, device, dtype, console)
     inputs = models.encode(loaded, args.prompt)
-    environment = _environment(device, dtype)
+    environment = {**_environment(device, dtype), "load": load}
     console.line(
         "{device}, {threads} threads, torch {torch}, transformers {transformers}, {date}".format(**environment)
     )
@@ -105,7 +106,6 @@ def _environment(device, dtype):
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -41,8 +41,9 @@ def compare(
 ) -> dict[str, Timing]:
     """Time callables against each other in one process, in alternating rounds.
 
-    Every round runs each candidate once more, in an order that rotates, so that a machine that slows down slows all
-    of them. A round repeats the call until it lasts about `round_seconds`, and its time is divided by the calls.
+    Every round runs each candidate once more, in an order that rotates and turns around, so that a machine that
+    slows down slows all of them. A round repeats the call until it lasts about `round_seconds`, and its time is
+    divided by the calls.
 
     Args:
         candidates: Name to callable.
@@ -70,8 +71,9 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for index in range(rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
+        shift = index // 2 % len(names)
+        order = names[shift:] + names[:shift]
+        for name in order[::-1] if index % 2 else order:  # nobody always follows the same neighbour
             seconds[name].append(runners[name]())
     return {name: Timing(statistics.median(times), min(times), max(times), rounds) for name, times in seconds.items()}
 
@@ -109,6 +111,7 @@ def _runner(
 
 
 def _cpu_calls(call: Callable, supply: itertools.cycle, num_calls: int, device: torch.device) -> float:
+    call(*next(supply))  # what the neighbour left in caches and allocator is not this candidate's
     batch = list(itertools.islice(supply, num_calls))
     start = time.perf_counter()
     for args in batch:

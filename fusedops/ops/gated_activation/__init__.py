@@ -30,7 +30,7 @@ def silu_mul(gate, up, *, out=None):
     Numerics: SiLU in float32, rounded to gate's dtype, then the product of that dtype: on the CPU bitwise equal to
         ``F.silu(gate) * up``. As there, silu(-inf) is NaN. The gradient of gate ignores the inner rounding (straight
         through), that of up uses the rounded activation; both are rounded once.
-    Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     From: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
     """
     args = gate, up
@@ -66,7 +66,7 @@ def gelu_mul(gate, up, *, approximate="none", out=None):
         ``F.gelu(gate, approximate=approximate) * up``. As there, gelu(-inf) is NaN, and 1 + erf cancels where gate is
         below -3: the error is about one epsilon of float32 of gate itself. The gradient of gate ignores the inner
         rounding (straight through), that of up uses the rounded activation; both are rounded once.
-    Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     From: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
     """
     args = gate, up, approximate

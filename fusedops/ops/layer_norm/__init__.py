@@ -33,7 +33,7 @@ def layer_norm(x, weight, bias=None, eps=1e-5, *, out=None):
         runs elsewhere, loses about |mean| / deviation epsilons of float32. Rows whose squares overflow float32
         (elements beyond 1e19 in size) give zeros or NaN, rows with an infinity NaN. Gradients of weight and bias are
         accumulated in float32 in a fixed order.
-    Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     From: Ba, Kiros and Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
     """
     args = x, weight, bias, eps
@@ -65,7 +65,7 @@ def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
         NotImplementedError: N > MAX_N.
 
     Numerics: h is torch's own ``x + residual``, rounded to x's dtype before it is normalised; the rest as `layer_norm`.
-    Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     From: Ba, Kiros and Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
     """
     args = x, residual, weight, bias, eps

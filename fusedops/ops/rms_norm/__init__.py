@@ -33,7 +33,7 @@ def rms_norm(x, weight, eps=1e-6, *, weight_offset=0.0, rounding="once", out=Non
 
     Numerics: sums in float32; rows whose squares overflow float32 (elements beyond 1e19) give zeros, as in torch.
         The weight's gradient is accumulated in float32 in a fixed order.
-    Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
     args = x, weight, eps, weight_offset, rounding
@@ -65,7 +65,7 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, weight_offset=0.0, rounding="
         NotImplementedError: N > MAX_N.
 
     Numerics: h is torch's own ``x + residual``, rounded to x's dtype before it is normalised; sums in float32.
-    Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
     args = x, residual, weight, eps, weight_offset, rounding
@@ -93,7 +93,7 @@ def add_rms_norm_(x, residual, weight, eps=1e-6, *, weight_offset=0.0, rounding=
         RuntimeError: gradients are recorded for x, residual or weight.
 
     Numerics: as `add_rms_norm`, bitwise.
-    Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     """
     _check("add_rms_norm_", weight, eps, rounding, x=x, residual=residual)
     checks.check_writable("add_rms_norm_", x=x, residual=residual)

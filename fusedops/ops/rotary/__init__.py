@@ -31,7 +31,7 @@ def rotary(q, k, cos, sin, *, interleaved=False):
         NotImplementedError: D > MAX_D, or cos or sin requires a gradient.
 
     Numerics: products and sum in float32, rounded once.
-    Runs on: CUDA 7.5 and newer (Triton); elsewhere torch.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     From: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
         https://arxiv.org/abs/2104.09864
     """
