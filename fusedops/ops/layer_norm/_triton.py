@@ -135,7 +135,8 @@ def _layer_norm_backward_kernel(
             grad = tl.load(grad_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
             shifted = tl.where(mask, x - tl.sum(x, axis=1)[:, None] / N, 0.0)
             mean, rstd = _moments(shifted, shifted * shifted, N, eps)
-            xhat = (shifted - mean) * rstd
+            # a row beyond M adds nothing to the partial sums, not even 0 / 0 where eps is 0
+            xhat = (shifted - mean) * tl.where(mask_m, rstd, 0.0)
             weighted = grad * scale
             mean_grad = tl.sum(weighted, axis=1)[:, None] / N
             along = tl.sum(weighted * xhat, axis=1)[:, None] / N
