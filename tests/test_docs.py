@@ -39,10 +39,10 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def run(checkout, *command):
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+def run(folder, *command):
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, *command], cwd=checkout, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
@@ -65,6 +65,13 @@ def test_the_new_operator_is_explained_and_measured(checkout, tmp_path):
     rows = tmp_path / "rows.json"
     run(checkout, "benchmarks/bench_relu_square.py", "--quick", "--device", "cpu", "--json", str(rows))
     assert {row["op"] for row in json.loads(rows.read_text())} == {"relu_square"}
+
+
+def test_the_example_of_testing_a_kernel_runs(tmp_path):
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/testing.md").read_text(), re.DOTALL | re.M)
+    (tmp_path / "test_example.py").write_text(example)
+    out = run(tmp_path, "-m", "pytest", "-q", "-p", "no:xdist", "test_example.py")
+    assert "2 passed" in out
 
 
 def test_the_site_builds_with_a_page_for_every_operator(tmp_path):
