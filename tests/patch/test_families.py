@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from fusedops import counters, reset_counters
+from fusedops._core import env
 from fusedops.patch import patch
 from fusedops.testing.accuracy import Budget, errors
 from tests.patch.tiny_models import FAMILIES, VOCAB, logits, tiny, tokens, tower
@@ -75,6 +77,28 @@ def test_64_greedy_tokens(family):
     assert after.tolist() == before.tolist()
     assert len(set(before[0, 7:].tolist())) >= 6, "tokens that hardly change test nothing"
     assert handle.fallbacks() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3_partial", "glm", "olmo2", "qwen3_moe"])
+def test_whole_models_on_the_triton_kernels(family, dtype):
+    """What a GPU would run, interpreted: every replaced call of a model goes to a Triton kernel, nothing to torch."""
+    model, ids = tiny(family, dtype), tokens(seed=1)
+    stock = logits(model, ids)
+    handle = patch(model)
+    reset_counters()
+    with env.override("FUSEDOPS_BACKEND", "triton"):
+        fused = logits(model, ids)
+    assert {implementation for _, implementation in counters()} == {"triton"} and handle.fallbacks() == {}
+    if dtype == torch.float32:
+        budget, root = Budget.for_dtype(dtype), sum(handle.report.counts.values()) ** 0.5
+        measured = errors(fused, stock.double())
+        assert measured.rms <= budget.rms * root and measured.peak <= budget.peak * root, measured
+        return
+    handle.undo()
+    truth = logits(model.float(), ids).double()
+    allowed, measured = errors(stock, truth), errors(fused, truth)
+    assert measured.rms <= 2 * allowed.rms and measured.peak <= 2 * allowed.peak + 1, (measured, allowed)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mixtral"])
