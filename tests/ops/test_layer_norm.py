@@ -160,7 +160,7 @@ def test_equal_elements_give_the_bias(implementation, n, dtype):
             torch.testing.assert_close(layer_norm(x, None, bias), bias.expand(2, n), atol=bound, rtol=0.0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", FUSED)  # the reference promises values, not bits
 @given(
     shape=strategies.row_shapes(6, 150, min_rows=1),
     dtype=strategies.dtypes(),

@@ -120,6 +120,7 @@ def test_gradients(implementation, shape, dtype, layout, options, seed):
         found = gradients(lambda *a: rms_norm(*a, **options), (x, weight), grad)
         found_residual = gradients(lambda *a: add_rms_norm(*a, **options), (x, residual, weight), (grad, grad_h))
     doubles = [t.double() for t in (x, residual, weight, grad, grad_h)]
+    options = {**options, "rounding": "once"}  # the derivative is that of the formula, without its inner rounding
     expected = gradients(lambda *a: truth(*a, **options), (doubles[0], doubles[2]), doubles[3])
     sums = (x + residual).double()  # the stored sum is what the norm sees, in the truth too
 
@@ -174,7 +175,7 @@ def test_small_rows_are_divided_by_the_root_of_eps(implementation):
         assert torch.equal(rms_norm(torch.zeros(2, 8), torch.ones(8)), torch.zeros(2, 8))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", FUSED)  # the reference promises values, not bits
 @given(
     shape=strategies.row_shapes(6, 150, min_rows=1),
     dtype=strategies.dtypes(),

@@ -32,7 +32,8 @@ def rms_norm(x, weight, eps=1e-6, *, weight_offset=0.0, rounding="once", out=Non
         NotImplementedError: N > MAX_N.
 
     Numerics: sums in float32; rows whose squares overflow float32 (elements beyond 1e19) give zeros, as in torch.
-        The weight's gradient is accumulated in float32 in a fixed order.
+        Gradients are those of the formula without its inner rounding; the weight's is accumulated in float32 in a fixed
+        order.
     Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
