@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from fusedops import explain
+from fusedops._core.device import cpu_name
 from fusedops.testing.timing import compare, rotating
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,7 @@ def environment(device):
     triton = sys.modules.get("triton")
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -70,15 +71,6 @@ def environment(device):
         "commit": commit.stdout.strip() or None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def processor():
-    """The CPU's own name for itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def copy_bandwidth(device, rounds):

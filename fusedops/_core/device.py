@@ -1,6 +1,7 @@
 """What a GPU offers a kernel: limits of the device at hand, and of named targets for work without one."""
 
 import functools
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,15 @@ TARGETS = {
 INTERPRETER = DeviceLimits("Triton interpreter", "sm_90a", 4, 227 * KIB, 50 * KIB**2)
 
 MIN_CAPABILITY = 80  # what Triton supports
+
+
+def cpu_name():
+    """The processor's name where Linux tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 def limits(device):

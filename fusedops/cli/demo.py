@@ -3,8 +3,8 @@
 import argparse
 import datetime
 import os
-import platform
 
+from fusedops._core.device import cpu_name
 from fusedops.cli import models
 from fusedops.cli.console import CommandError, Console, check_output, first_line, write_json
 
@@ -101,7 +101,7 @@ def _environment(device, dtype):
     import transformers
 
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "date": datetime.date.today().isoformat(),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -109,15 +109,6 @@ def _environment(device, dtype):
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _cpu_name():
-    """The processor's name where Linux tells it, else its architecture."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def _patch(model, console):
