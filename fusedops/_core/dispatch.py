@@ -51,18 +51,21 @@ class Selector:
 
     def run(self, *args, out=None):
         """Run the operator by the implementation that `select` names."""
+        return self.run_selected(args, out, *self.select(args))
+
+    def run_selected(self, args, out, implementation, rejected):
+        """Run the operator by what `select` gave, with the tensors' device as the current one."""
         device = args[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self._run(args, out)
-        return self._run(args, out)
+                return self._run(args, out, implementation, rejected)
+        return self._run(args, out, implementation, rejected)
 
     def run_into(self, *args):
         """Run the operator with its last argument as the output; nothing is returned."""
         self.run(*args[:-1], out=args[-1])
 
-    def _run(self, args, out):
-        implementation, rejected = self.select(args)
+    def _run(self, args, out, implementation, rejected):
         if leaves_fused_path(implementation, args[0]):
             reason = "; ".join(f"{name}: {why}" for name, why in rejected) or "no fused implementation exists"
             leave_fused_path(self.name, args[0], reason, implementation)
@@ -145,9 +148,18 @@ def leave_fused_path(op, tensor, reason, implementation="torch"):
     key = (op, reason)
     seen = key in _fallbacks
     _fallbacks[key] += 1
-    policy = env.fallback()
     message = f"{op}: runs on the {implementation} implementation instead of a fused kernel ({reason})"
+    apply_fallback_policy(message, seen, stacklevel=4)
+
+
+def apply_fallback_policy(message, seen, stacklevel):
+    """Do what FUSEDOPS_FALLBACK says: raise, warn where this was not seen before, or nothing.
+
+    Raises:
+        RuntimeError: the policy is "raise".
+    """
+    policy = env.fallback()
     if policy == "raise":
         raise RuntimeError(message)
     if policy == "warn" and not seen:
-        warnings.warn(message, FallbackWarning, stacklevel=3)
+        warnings.warn(message, FallbackWarning, stacklevel=stacklevel)

@@ -1,4 +1,4 @@
-"""The last hop before Triton, and how a launch is described without tensors."""
+"""How a launch is described without tensors."""
 
 from dataclasses import dataclass
 

@@ -49,14 +49,17 @@ class Operator:
         self._plans.clear()
         self._direct = None
 
-    def direct(self, tensor):
+    def direct(self, tensor, like=None):
         """torch's composition, where a call on this CPU tensor would run it and no gradient is recorded; else None.
 
+        `like` is a second tensor that the operator wants in the first one's dtype and shape, where torch would promote.
         For callers that have the arguments' shapes from the structure they are in, such as a patched model: the
         composition takes whatever torch takes, is seen by modes and transforms, and costs nothing to reach. The call
         is counted here.
         """
         if not tensor.is_cpu or torch.is_grad_enabled() or tensor.dtype not in FLOATS:
+            return None
+        if like is not None and (like.dtype is not tensor.dtype or like.shape != tensor.shape):
             return None
         if self._direct is None:
             self._direct = self._selector.entry("torch") if env.backend() in ("auto", "torch") else ()
@@ -86,8 +89,7 @@ class Operator:
         dispatch.calls[key] += 1
         return function
 
-    def _plan(self, args):
-        implementation, _ = self._selector.select(args)
+    def _plan(self, args, implementation):
         if implementation == "reference" or dispatch.leaves_fused_path(implementation, args[0]):
             return  # each such call needs a decision, or a warning, of its own
         if len(self._plans) >= _MAX_PLANS:
@@ -102,9 +104,10 @@ class Operator:
                 raise RuntimeError(f"{self.name}: out must not be given where gradients are recorded, got out=")
             self._op_out(*args, out)
             return out
+        implementation, rejected = self._selector.select(args)
         if out is None and self._keeps_plans:
-            self._plan(args)
-        return self._selector.run(*args, out=out)
+            self._plan(args, implementation)
+        return self._selector.run_selected(args, out, implementation, rejected)
 
     def select(self, args, limits=None):
         """The implementation that would run, and the rejected ones with their reasons."""

@@ -15,10 +15,6 @@ class RowConfig:
     block_n: int
     num_warps: int
 
-    @property
-    def threads(self):
-        return 32 * self.num_warps
-
 
 def default(n, max_block=MAX_BLOCK):
     """The configuration for rows of n elements. It never depends on the number of rows, so a row's result does not."""

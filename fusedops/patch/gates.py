@@ -24,13 +24,13 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 
 def multiply_silu(gate, up):
     """``silu(gate) * up``."""
-    run = _silu_mul.direct(gate) if gate.dtype is up.dtype and gate.shape == up.shape else None
+    run = _silu_mul.direct(gate, up)
     return silu_mul(gate, up) if run is None else run(gate, up)
 
 
 def multiply_gelu(gate, up, approximate="none"):
     """``gelu(gate) * up``."""
-    run = _gelu_mul.direct(gate) if gate.dtype is up.dtype and gate.shape == up.shape else None
+    run = _gelu_mul.direct(gate, up)
     return gelu_mul(gate, up, approximate=approximate) if run is None else run(gate, up, approximate)
 
 

@@ -5,14 +5,12 @@ fast as a bound method, and it survives `copy.deepcopy` and `pickle` as what it 
 its name, which brings the stock forward back and leaves the attribute behind.)
 """
 
-import warnings
 from functools import partial
 from types import MethodType
 
 import torch
 
-from fusedops._core import env
-from fusedops._core.dispatch import FallbackWarning
+from fusedops._core.dispatch import apply_fallback_policy
 
 ATTRIBUTE = "_fusedops"
 HOOKED_SLOT = "_old_forward"  # where accelerate keeps the forward that its hook wraps
@@ -60,11 +58,7 @@ def record_fallback(fallbacks, name, reason, args):
     fallbacks[reason] = fallbacks.get(reason, 0) + 1
     if any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args):
         message = f"patch: {name} runs its own code instead of a fused operator ({reason})"
-        policy = env.fallback()
-        if policy == "raise":
-            raise RuntimeError(message)
-        if policy == "warn" and not seen:
-            warnings.warn(message, FallbackWarning, stacklevel=4)
+        apply_fallback_policy(message, seen, stacklevel=5)
 
 
 def install(module, state):

@@ -76,8 +76,7 @@ class RMSNormState(NormState):
         weight = module._parameters.get(self.weight)
         if type(weight) is not Parameter or weight.dtype is not x.dtype:
             self._check(weight, x)
-        alike = residual.dtype is x.dtype and residual.shape == x.shape
-        run = _add_rms_norm.direct(x) if alike else None
+        run = _add_rms_norm.direct(x, residual)
         if run is not None:
             return run(x, residual, weight, self.eps, self.weight_offset, self.rounding)
         return add_rms_norm(x, residual, weight, self.eps, weight_offset=self.weight_offset, rounding=self.rounding)

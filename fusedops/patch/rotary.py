@@ -78,7 +78,7 @@ class RotaryFunction:
             all_cos, all_sin = (cos, sin) if form.angles == "each" else (form.spread(cos), form.spread(sin))
             if not form.partial and all_cos.size(-1) != q.size(-1):
                 raise ValueError(f"cos must be as wide as the heads, {q.shape[-1]}, got {all_cos.shape[-1]}")
-            run = _rotary.direct(q)
+            run = _rotary.direct(q) if k.dtype is q.dtype else None
             if run is not None:
                 return run(q, k, all_cos, all_sin, form.interleaved, 2 if heads_last else 1)
             if heads_last:

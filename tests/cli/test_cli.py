@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import fusedops
 from fusedops import cli
@@ -81,11 +82,8 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_cuda_is_refused_where_there_is_none(capsys):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("torch finds a CUDA device")
     for arguments in (("demo", "--device", "cuda"), ("explain", "rms_norm", "--shape", "8x8", "--device", "cuda")):
         status, _, err = run(capsys, *arguments)
         assert status == 2 and "--device cuda" in err

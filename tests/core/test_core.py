@@ -169,12 +169,15 @@ def test_rows_that_need_copies_are_copied():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 128, 576, 1024, 5120, 16384, 16385, 65536])
-def test_row_configurations_fit_every_device(n):
-    """B57: no configuration asks for more than any target has, and none depends on the number of rows."""
+def test_row_configurations_fit_any_device(n):
+    """No block is larger than registers hold or has more threads than CUDA allows; short rows stand in one block.
+
+    B57, shared memory beyond a target's, is judged from the machine code in test_compile.py.
+    """
     tile = rows.default(n)
     assert tile.block_m * tile.block_n <= rows.MAX_BLOCK and tile.num_warps in (1, 2, 4, 8, 16)
     assert tile.block_m == 1 or tile.block_n >= n
-    assert all(32 * tile.num_warps <= 1024 for _ in device.TARGETS)
+    assert 32 * tile.num_warps <= 1024
 
 
 # ---- device and explain

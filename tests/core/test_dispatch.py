@@ -159,3 +159,23 @@ def test_direct_is_torchs_composition_on_the_cpu_without_gradients():
             assert operator.direct(X) is None
         assert operator.direct(X) is run
     assert operator.direct(X) is None
+
+
+def test_direct_refuses_a_second_tensor_that_torch_would_promote_or_broadcast():
+    operator = operators()["silu_mul"]
+    with torch.no_grad():
+        assert operator.direct(X, X) is not None
+        assert operator.direct(X, X.half()) is None and operator.direct(X, X[:1]) is None
+    assert counters() == {("silu_mul", "torch"): 1}
+
+
+def test_selection_is_made_once_for_a_call(monkeypatch):
+    """Also where no plan can be kept, as with the reference."""
+    selector = operators()["rms_norm"]._selector
+    asked = []
+    original = selector.select
+    monkeypatch.setattr(selector, "select", lambda *args: asked.append(1) or original(*args))
+    with env.override("FUSEDOPS_BACKEND", "reference"):
+        fusedops.rms_norm(X, W)
+        fusedops.rms_norm(X, W)
+    assert len(asked) == 2

@@ -26,7 +26,8 @@ def test_right_replacements_pass(family, dtype):
 
 def _plant(monkeypatch, fault):
     """Make one operator wrong where the patched modules call it."""
-    monkeypatch.setattr(Operator, "direct", lambda self, tensor: None)  # the faults stand in the public functions
+    # the faults stand in the public functions
+    monkeypatch.setattr(Operator, "direct", lambda self, tensor, like=None: None)
     rms_norm, add_rms_norm, turn = norms.rms_norm, norms.add_rms_norm, rotary.rotary
     if fault == "norm 1 % too large":
         monkeypatch.setattr(norms, "rms_norm", lambda *args, **options: rms_norm(*args, **options) * 1.01)
