@@ -22,6 +22,7 @@ def on_files(files, config):
     for folder, names in operators().items():
         doc = ast.get_docstring(ast.parse((PACKAGE / "ops" / folder / "__init__.py").read_text()))
         text = f"# {folder}\n\n{doc}\n\n" + "\n\n".join(f"::: fusedops.{name}" for name in names)
+        text += support(folder)
         text += f"\n\n## What it means\n\n```python\n{(PACKAGE / 'ops' / folder / 'reference.py').read_text()}```\n"
         files.append(page(config, f"operators/{folder}.md", text))
     files.append(page(config, "environment.md", environment()))
@@ -42,13 +43,33 @@ def operators():
     return found
 
 
+def support(folder):
+    """The table of what each way takes, of the operators that have one, from the module that the code asks."""
+    source = PACKAGE / "ops" / folder / "_support.py"
+    if not source.exists():
+        return ""
+    rows = ["\n\n## Who takes what", ""]
+    rows += ["| feature | Triton kernels | CPU: torch's fused kernel | CPU and other devices: matmuls | gradient |"]
+    rows += ["|---|---|---|---|---|"]
+    for feature, (capability, fused, gradient) in literal(source, "SUPPORT").items():
+        needs = f"compute capability {capability // 10}.{capability % 10} and newer"
+        marks = {True: "yes", False: "no", None: "-"}
+        rows.append(f"| {feature} | {needs} | {marks[fused]} | yes | {marks[gradient]} |")
+    return "\n".join(rows)
+
+
+def literal(source, name):
+    """The value of a constant of a module, without importing it."""
+    body = ast.parse(source.read_text()).body
+    return ast.literal_eval(next(n.value for n in body if isinstance(n, ast.Assign) and n.targets[0].id == name))
+
+
 def environment():
     """The table of environment variables, from the module that reads them."""
-    tree = ast.parse((PACKAGE / "_core" / "env.py").read_text())
-    table = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "VARIABLES")
-    rows = ["# Environment variables", "", ast.get_docstring(tree), ""]
+    source = PACKAGE / "_core" / "env.py"
+    rows = ["# Environment variables", "", ast.get_docstring(ast.parse(source.read_text())), ""]
     rows += ["| variable | values | meaning |", "|---|---|---|"]
-    for name, (choices, meaning) in ast.literal_eval(table).items():
+    for name, (choices, meaning) in literal(source, "VARIABLES").items():
         values = ", ".join(f"`{value}`" for value in choices) if choices else "a directory"
         rows.append(f"| `{name}` | {values} | {meaning} |")
     return "\n".join([*rows, "", "The first value is the default.", ""])

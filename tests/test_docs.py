@@ -83,6 +83,8 @@ def test_the_site_builds_with_a_page_for_every_operator(tmp_path):
     )  # fmt: skip
     page = (tmp_path / "operators/rms_norm/index.html").read_text()
     assert "add_rms_norm" in page and "Root Mean Square Layer Normalization" in page and "mean(h**2)" in page
+    support = (tmp_path / "operators/attention/index.html").read_text()
+    assert "Who takes what" in support and "compute capability 8.9" in support
     assert {p.name for p in (tmp_path / "operators").iterdir()} == {
         p.parent.name for p in (ROOT / "fusedops/ops").glob("*/__init__.py")
     }

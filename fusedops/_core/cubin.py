@@ -139,8 +139,16 @@ def compile_example(example, target):
         raise ValueError(f"cubin: types and constants must describe {function.__name__}, differ in {sorted(unknown)}")
     signature = {name: "constexpr" if name in example.constants else example.types[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in example.divisible}
-    source = ASTSource(function, signature, dict(example.constants), attributes)
     options = {"num_warps": example.num_warps, "num_stages": example.num_stages}
+    if example.max_registers is not None:
+        options["maxnreg"] = example.max_registers
+    constants = dict(example.constants)
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource(function, signature, constants, attributes)
+    else:
+        source = ASTSource(function, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", int(matched[1]), 32), options=options)
 
 

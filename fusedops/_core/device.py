@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 KIB = 1024
+MIB = 1024 * KIB
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,18 @@ class DeviceLimits:
 TARGETS = {
     limits.arch: limits
     for limits in (
-        DeviceLimits("Tesla T4", "sm_75", 40, 64 * KIB, 4 * KIB**2, 320e9),
-        DeviceLimits("A100 SXM 80GB", "sm_80", 108, 163 * KIB, 40 * KIB**2, 2.039e12),
-        DeviceLimits("GeForce RTX 3090", "sm_86", 82, 99 * KIB, 6 * KIB**2, 936e9),
-        DeviceLimits("L40S", "sm_89", 142, 99 * KIB, 96 * KIB**2, 864e9),
-        DeviceLimits("H100 SXM", "sm_90a", 132, 227 * KIB, 50 * KIB**2, 3.35e12),
-        DeviceLimits("B200", "sm_100a", 148, 227 * KIB, 126 * KIB**2, 8.0e12),
-        DeviceLimits("GeForce RTX 5090", "sm_120", 170, 99 * KIB, 96 * KIB**2, 1.79e12),
+        DeviceLimits("Tesla T4", "sm_75", 40, 64 * KIB, 4 * MIB, 320e9),
+        DeviceLimits("A100 SXM 80GB", "sm_80", 108, 163 * KIB, 40 * MIB, 2.039e12),
+        DeviceLimits("GeForce RTX 3090", "sm_86", 82, 99 * KIB, 6 * MIB, 936e9),
+        DeviceLimits("L40S", "sm_89", 142, 99 * KIB, 96 * MIB, 864e9),
+        DeviceLimits("H100 SXM", "sm_90a", 132, 227 * KIB, 50 * MIB, 3.35e12),
+        DeviceLimits("B200", "sm_100a", 148, 227 * KIB, 126 * MIB, 8.0e12),
+        DeviceLimits("GeForce RTX 5090", "sm_120", 170, 99 * KIB, 96 * MIB, 1.79e12),
     )
 }
 
 # The interpreter runs programs one after another: few of them keep its tests fast.
-INTERPRETER = DeviceLimits("Triton interpreter", "sm_90a", 4, 227 * KIB, 50 * KIB**2)
+INTERPRETER = DeviceLimits("Triton interpreter", "sm_90a", 4, 227 * KIB, 50 * MIB)
 
 MIN_CAPABILITY = 80  # what Triton supports
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as _functional
 
 from fusedops._core import checks, dispatch
+from fusedops.ops.attention import attention as _attention
+from fusedops.ops.attention import takes_head_dim
 from fusedops.ops.layer_norm import layer_norm as _layer_norm
 from fusedops.ops.rms_norm import MAX_N
 from fusedops.ops.rms_norm import rms_norm as _rms_norm
@@ -45,6 +47,102 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         return _layer_norm(rows, weight, bias, eps).view(input.shape)
     dispatch.leave_fused_path("layer_norm", input, reason)
     return _functional.layer_norm(input, shape, weight, bias, eps)
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """Attend; arguments as ``torch.nn.functional.scaled_dot_product_attention``.
+
+    The first query is aligned with the first key where `is_causal`, as torch does it. A query whose keys are all hidden
+    gives 0. Dropout, masks that want a gradient, leading dimensions that broadcast, and head dimensions that
+    `fusedops.attention` does not take go to torch's own.
+    """
+    reason = _attention_not_covered(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if reason is not None:
+        if isinstance(query, torch.Tensor):
+            dispatch.leave_fused_path("scaled_dot_product_attention", query, reason)
+        return _functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    device = query.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.to(dtype)
+    window, (length, num_keys) = (-1, -1), (query.shape[-2], key.shape[-2])
+    if is_causal and num_keys > length:  # the keys beyond the last query are hidden from all
+        key, value = key[..., :length, :], value[..., :length, :]
+    elif is_causal and num_keys < length:
+        is_causal, window = False, (-1, length - num_keys)
+    out = _attention(
+        _positions_first(query), _positions_first(key), _positions_first(value),
+        softmax_scale=scale, causal=is_causal, window_size=window, mask=_four_dims(attn_mask),
+    ).transpose(1, 2)  # fmt: skip
+    return out if query.dim() == 4 else out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _attention_not_covered(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa):
+    """Why torch's function must take this call, or None. A wrong call goes to torch too, for torch's own error."""
+    for tensor in (query, key, value):
+        if not isinstance(tensor, torch.Tensor) or tensor.is_nested or tensor.dim() < 2:
+            return "an argument is no tensor of two dimensions or more, or nested"
+    if dropout_p:
+        return "dropout"
+    if query.dtype not in checks.FLOATS or not query.dtype == key.dtype == value.dtype:
+        return f"{query.dtype}, {key.dtype} and {value.dtype} are not supported together"
+    if not takes_head_dim(query.shape[-1]) or not takes_head_dim(value.shape[-1]):
+        return f"head dimensions {query.shape[-1]} and {value.shape[-1]}"
+    if not query.device == key.device == value.device or type(is_causal) is not bool:
+        return "the arguments do not fit together"
+    if not _fit(query.shape, key.shape, value.shape, enable_gqa):
+        return "the shapes broadcast or do not fit"
+    if mask is None:
+        return None
+    return _mask_not_covered(mask, query, key, is_causal)
+
+
+def _fit(query, key, value, enable_gqa):
+    """Whether three shapes are those of an attention without broadcasting."""
+    if not len(query) == len(key) == len(value) or query[-1] != key[-1] or key[:-1] != value[:-1]:
+        return False
+    if len(query) == 2:
+        return True
+    if enable_gqa:
+        return query[:-3] == key[:-3] and key[-3] > 0 and query[-3] % key[-3] == 0
+    return query[:-2] == key[:-2]
+
+
+def _mask_not_covered(mask, query, key, is_causal):
+    if is_causal or not isinstance(mask, torch.Tensor) or mask.device != query.device:
+        return "is_causal beside a mask, or a mask that torch must judge"
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        return f"a mask of {mask.dtype} beside {query.dtype}"
+    if mask.requires_grad and torch.is_grad_enabled():
+        return "a mask that requires a gradient"
+    whole = (*query.shape[:-1], key.shape[-2])
+    if mask.dim() > len(whole) or any(size not in (1, wanted) for size, wanted in zip(mask.shape[::-1], whole[::-1])):
+        return "a mask that does not broadcast"
+    leading = mask.shape[:-3]
+    if any(size != 1 for size in leading) and leading != query.shape[:-3]:
+        return "a mask that broadcasts over some of the leading dimensions alone"
+    return None
+
+
+def _positions_first(tensor):
+    """[..., heads, positions, elements] as [batch, positions, heads, elements]; a copy only where strides force one."""
+    if tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    if tensor.dim() != 4:
+        missing = (None,) * (4 - tensor.dim())
+        tensor = tensor[missing] if missing else tensor.flatten(0, -4)
+    return tensor.transpose(1, 2)
+
+
+def _four_dims(mask):
+    """A mask whose leading dimensions are joined as those of the operands."""
+    return mask if mask is None or mask.dim() <= 4 else mask.flatten(0, -4)
 
 
 def _not_covered(input, shape, *parameters):

@@ -1,0 +1,178 @@
+"""torch's fused attention of the CPU, for all options but softcap, and for Dv = D.
+
+It runs in float32 whatever the inputs: in 16 bits it rounds the weights, its lse is off by a hundred epsilons of
+float32, and without matrix instructions for 16 bits it is no faster. What it does otherwise than this operator is
+mended here: the lse of rows without a key is 0, NaN is lost where a row has no other score, and a NaN that is hidden by
+-inf comes through.
+"""
+
+import math
+
+import torch
+
+from fusedops.ops.attention._support import NOT_FUSED_ON_CPU
+from fusedops.ops.attention._torch import blocks
+from fusedops.ops.attention._torch.parts import MIN_ROWS, NO_SCORE, keys_of_block, outputs, parts
+
+BLOCK_Q = 512  # queries of one call where window, causal offset, ALiBi or bool become a mask
+BLOCK_MASK = 1 << 22  # elements of such a mask for one head: 16 MiB
+PART_COPIES = 1 << 20  # elements of the float32 copies of a part's inputs: larger ones are fresh memory each time
+PART_MASKS = 1 << 24  # elements of the masks of a part's heads: 64 MiB
+
+_forward = torch._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_HIDES, _SHOWS = torch.tensor(NO_SCORE, dtype=torch.float32), torch.tensor(0.0, dtype=torch.float32)
+
+
+# How a call is seen to use a feature; with no query or no key torch's kernel ends the process.
+_USES = {
+    "float8_e4m3fn": lambda q, k, v, options: q.element_size() == 1,
+    "Dv other than D": lambda q, k, v, options: q.shape[-1] != v.shape[-1],
+    "softcap": lambda q, k, v, options: options.softcap != 0.0,
+    "q_scale, k_scale, v_scale": lambda q, k, v, options: options[3:6] != (None,) * 3,
+    "no queries or no keys": lambda q, k, v, options: q.numel() == 0 or k.numel() == 0,
+}
+_LIMITS = tuple(_USES[feature] for feature in NOT_FUSED_ON_CPU)
+
+
+def covers(q, k, v, options):
+    """Whether torch's kernel takes the call."""
+    return q.is_cpu and not any(uses(q, k, v, options) for uses in _LIMITS)
+
+
+def _causal(q, k, options):
+    """Whether torch's is_causal does it: it aligns the first query with the first key, and scales -inf too."""
+    if (options.window_left, options.window_right) != (-1, 0) or options.softmax_scale <= 0.0:
+        return False
+    return options.mask is options.alibi_slopes is None and q.shape[1] == k.shape[1]
+
+
+def _needs_mask(q, k, options):
+    if options.mask is not None or options.alibi_slopes is not None or options.window_left >= 0:
+        return True
+    return options.window_right >= 0 and not _causal(q, k, options)
+
+
+def _calls(q, k, v, options):
+    """(part, rows, keys) of every call of torch's kernel: a part is one call where no mask has to be made."""
+    rows, group = q.shape[1], q.shape[2] // k.shape[2]
+    each = 0 if q.dtype == torch.float32 else 2 * (group * rows + k.shape[1]) * q.shape[-1] / PART_COPIES
+    if _needs_mask(q, k, options) and not _is_mask(options):
+        span = keys_of_block(BLOCK_Q, k.shape[1], options)
+        rows = min(max(BLOCK_MASK // span, MIN_ROWS), BLOCK_Q, rows)
+        if options.alibi_slopes is not None or options.mask is not None and options.mask.shape[1] > 1:
+            each = max(each, group * rows * span / PART_MASKS)
+    for part in parts(q, k, v, options, each):
+        for block in part.blocks(rows):
+            yield part, *block
+
+
+def _is_mask(options):
+    """Whether torch's kernel can take the caller's mask as it is."""
+    if options.mask is None or options.mask.dtype != torch.float32:
+        return False
+    return options.alibi_slopes is None and options.window_left < 0 and options.window_right < 0
+
+
+def _mask(part, rows, keys):
+    """All that is added to the scores of a block, in float32."""
+    if _is_mask(part.options):
+        return part.mask
+    added, hidden = part.bias(rows, keys)
+    if hidden is None:
+        return added
+    return torch.where(hidden, _HIDES, _SHOWS if added is None else added)
+
+
+def attention(q, k, v, options):
+    """As `_run`, and where that leaves a doubt, what a NaN or infinity in the inputs does to each row by itself."""
+    out, lse, doubtful = _run(q, k, v, options)
+    if not doubtful or all(tensor.isfinite().all() for tensor in (q, k, v)):
+        return out, lse
+    out, lse, _ = _run(*(t.float().nan_to_num(0.0, 0.0, 0.0) for t in (q, k, v)), options)
+    exact, exact_lse = blocks.attention(q, k, v, options)
+    damaged = _damaged(q, k, v, options)
+    out = torch.where(damaged.transpose(1, 2)[..., None], exact, out.to(exact.dtype))
+    return out, torch.where(damaged, exact_lse, lse)
+
+
+def _damaged(q, k, v, options):
+    """Rows with a NaN or infinity in their query, or in a key or value that they see: [B, H, Sq]."""
+    damaged = (~q.float().isfinite().all(-1)).transpose(1, 2)
+    group = q.shape[2] // k.shape[2]
+    for part in parts(q, k, v, options, group * MIN_ROWS * k.shape[1] / PART_MASKS):
+        bad = ~(part.k.isfinite().all(-1) & part.v.isfinite().all(-1))
+        bad = bad.repeat_interleave(group, 1)[:, :, None]
+        for rows, keys in part.blocks(MIN_ROWS):
+            _, hidden = part.bias_and_hidden(rows, keys)
+            seen = bad[..., keys] if hidden is None else bad[..., keys] & ~hidden
+            damaged[part.batch, part.heads, rows] |= seen.any(-1)
+    return damaged
+
+
+def _run(q, k, v, options):
+    """out, lse, and whether something in them may be otherwise than this operator promises."""
+    causal, masked = _causal(q, k, options), _needs_mask(q, k, options)
+    if q.dtype == torch.float32 and not masked and options.sinks is None:
+        heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out, lse = _forward(*heads_first, 0.0, causal, scale=options.softmax_scale)
+        return out.transpose(1, 2).contiguous(), lse.contiguous(), not lse.all()
+    out, doubtful = None, False
+    for part, rows, keys in _calls(q, k, v, options):
+        mask = _mask(part, rows, keys) if masked else None
+        result, sums = _forward(
+            part.q[:, :, rows], part.k[:, :, keys], part.v[:, :, keys], 0.0, causal,
+            attn_mask=mask, scale=options.softmax_scale,
+        )  # fmt: skip
+        if not sums.all():
+            sums, unclear = _without_empty_rows(sums, mask)
+            doubtful |= unclear
+        doubtful = doubtful or masked and math.isnan(result.sum())  # five times as fast as isnan().any()
+        if part.sinks is not None:
+            result, sums = _with_sinks(result, sums, part.sinks)
+        result = result.transpose(1, 2)
+        if result.shape[:3] == q.shape[:3]:  # the only call
+            return result.to(q.dtype).contiguous(), sums.contiguous(), doubtful
+        if out is None:
+            out, lse = outputs(q, v, options)
+        out[part.batch, rows, part.heads] = result
+        lse[part.batch, part.heads, rows] = sums
+    return *(outputs(q, v, options) if out is None else (out, lse)), doubtful
+
+
+def _without_empty_rows(lse, mask):
+    """lse with -inf where a row sees no key, for which torch has 0, and whether other rows have 0 too."""
+    zero = lse == 0.0
+    if mask is None:
+        return lse, True
+    empty = zero & (mask == NO_SCORE).all(-1)
+    return lse.masked_fill(empty, NO_SCORE), bool((zero & ~empty).any())
+
+
+def _with_sinks(out, lse, sinks):
+    """One more term in each denominator."""
+    total = torch.logaddexp(lse, sinks.squeeze(-1))
+    return out * torch.exp(lse - total.masked_fill(total == NO_SCORE, 0.0))[..., None], total
+
+
+def attention_backward(grad_out, q, k, v, out, lse, options):
+    """dq, dk and dv, or None where they have a NaN, which this kernel spreads to rows that do not see it."""
+    causal, masked = _causal(q, k, options), _needs_mask(q, k, options)
+    dq = torch.zeros(q.shape, dtype=q.dtype)
+    dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (k, v))
+    sums_of = None
+    for part, rows, keys in _calls(q, k, v, options):
+        if part is not sums_of:
+            sums_of, sum_k, sum_v = part, torch.zeros(part.k.shape), torch.zeros(part.v.shape)
+        grads, outs = (t[part.batch, rows, part.heads].transpose(1, 2).float() for t in (grad_out, out))
+        sums = lse[part.batch, part.heads, rows]
+        step_q, step_k, step_v = _backward(
+            grads, part.q[:, :, rows], part.k[:, :, keys], part.v[:, :, keys], outs,
+            sums.masked_fill(sums == NO_SCORE, 0.0), 0.0, causal,
+            attn_mask=_mask(part, rows, keys) if masked else None, scale=options.softmax_scale,
+        )  # fmt: skip
+        dq[part.batch, rows, part.heads] = step_q.transpose(1, 2)
+        sum_k[:, :, keys] += step_k
+        sum_v[:, :, keys] += step_v
+        dk[part.batch, :, part.kv], dv[part.batch, :, part.kv] = sum_k.transpose(1, 2), sum_v.transpose(1, 2)
+    return None if any(math.isnan(grad.sum()) for grad in (dq, dk, dv)) else (dq, dk, dv)
