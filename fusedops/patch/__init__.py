@@ -1,4 +1,4 @@
-"""Replace the norms, gated MLPs, rotary embeddings and residual additions of a model that is already built.
+"""Replace the attention, norms, gated MLPs, rotary embeddings and residual additions of a model that is already built.
 
 ``fusedops.patch`` is this package and can itself be called: ``fusedops.patch(model)`` is `fusedops.patch.patch`.
 So ``import fusedops.patch``, ``from fusedops.patch import patched`` and ``fusedops.patch(model)`` all work, whichever
@@ -6,8 +6,10 @@ comes first.
 
 Modules are recognised by what they compute: a norm by its values on probes, a gated MLP by what reaches its last
 projection, a rotary function by what it returns, a residual addition by the source of the layer's forward. Neither
-class names nor transformers are needed. Only instance attributes are set, so other models, the classes and the modules
-of transformers stay as they are. Under `torch.compile`, replaced modules run their own code, which the compiler fuses.
+class names nor transformers are needed. Attention goes through the registries that transformers has for it, after its
+eager function was run on probes. Only instance attributes and the attention function's name in the model's config are
+set, so other models, the classes and the modules of transformers stay as they are. Under `torch.compile`, attention is
+our operator, and the other replaced modules run their own code, which the compiler fuses.
 """
 
 import sys
@@ -16,19 +18,21 @@ from types import ModuleType
 from torch import nn
 
 from fusedops.patch.handle import PatchedModel, patched_modules, restore_all
+from fusedops.patch.instance import states_of
 from fusedops.patch.plan import Plan
 from fusedops.patch.report import KINDS, Report, Row
 
 __all__ = ["PatchedModel", "Report", "Row", "patch", "patched", "unpatch"]
 
 
-def patch(model, *, norm=True, mlp=True, rotary=True, residual=True, dry_run=False, strict=True, verify=False):
+def patch(
+    model, *, attention=True, norm=True, mlp=True, rotary=True, residual=True, dry_run=False, strict=True, verify=False
+):  # fmt: skip
     """Replace parts of a model by fused operators, in this instance only.
-
-    Attention is not replaced.
 
     Args:
         model: A torch.nn.Module, built and loaded; any family.
+        attention: Replace the attention of models of transformers, masks included.
         norm: Replace RMS norms and torch.nn.LayerNorm.
         mlp: Replace the activation and multiplication of gated MLPs and packed experts.
         rotary: Replace the rotary embedding of q and k.
@@ -48,7 +52,7 @@ def patch(model, *, norm=True, mlp=True, rotary=True, residual=True, dry_run=Fal
         RuntimeError: the model is patched already, by us or by something else, or verification failed. The model is
             then as it was before.
     """
-    wanted = {"norm": norm, "mlp": mlp, "rotary": rotary, "residual": norm and residual}
+    wanted = {"attention": attention, "norm": norm, "mlp": mlp, "rotary": rotary, "residual": norm and residual}
     kinds = tuple(kind for kind in KINDS if wanted[kind])
     _check(model, kinds)
     plan = Plan(model, kinds, strict)
@@ -98,7 +102,7 @@ def unpatch(model):
         RuntimeError: something else has replaced a forward since. Nothing is undone then.
     """
     modules = [module for _, module in patched_modules(model)]
-    restore_all(modules)
+    restore_all([(module, state) for module in modules for state in states_of(module)])
     return len(modules)
 
 
@@ -106,7 +110,7 @@ def _check(model, kinds):
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     if not kinds:
-        raise ValueError("patch: at least one of norm, mlp, rotary must be True, got none")
+        raise ValueError("patch: at least one of attention, norm, mlp, rotary must be True, got none")
     already = patched_modules(model)
     if already:
         raise RuntimeError(
@@ -116,6 +120,7 @@ def _check(model, kinds):
 
 
 _LOOKED_FOR = {
+    "attention": "attention that takes its function from transformers' AttentionInterface",
     "norm": "RMS norms (rounding once or before the weight, weight or 1 + weight) and torch.nn.LayerNorm",
     "mlp": "gated MLPs (down(silu(gate) * up), gelu too, separate or packed projections)",
     "rotary": "rotary functions of q and k that a forward calls as a global",
@@ -141,9 +146,9 @@ def _apply_verified(handle, strict, verify):
     handle.apply()
     try:
         found = verification.differences(handle, inputs)
-        wrong = {difference.path: difference for difference in found if not difference.acceptable}
+        wrong = {(difference.path, difference.kind): difference for difference in found if not difference.acceptable}
         if wrong and not strict:
-            handle.drop({path: _beyond(difference) for path, difference in wrong.items()})
+            handle.drop({place: _beyond(difference) for place, difference in wrong.items()})
         elif wrong:
             raise RuntimeError("patch: verification failed: " + "; ".join(map(_beyond, wrong.values())))
         whole = verification.compare_outputs(verification.run(model, inputs), before, limits)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fusedops.patch import instance
+from fusedops.patch import attention, instance
 from fusedops.patch.rotary import RotaryState
 
 
@@ -21,13 +21,13 @@ class PatchedModel:
         self.model = model
         self.report = report
         self.replacements = replacements
-        self._modules = []
+        self._installed = []
 
     def apply(self):
         """Set the instance attributes of every module in the plan; all or none."""
         try:
             for replacement in self.replacements:
-                self._modules.append(replacement.module)
+                self._installed.append((replacement.module, replacement.state))
                 instance.install(replacement.module, replacement.state)
         except BaseException:
             self.undo()
@@ -39,19 +39,19 @@ class PatchedModel:
         Raises:
             RuntimeError: something else has replaced a forward since. Nothing is undone then.
         """
-        restore_all(self._modules)
-        self._modules = []
+        restore_all(self._installed)
+        self._installed = []
 
     def drop(self, reasons):
-        """Restore single modules, {path: reason}, and report them as skipped."""
-        leaving = [r for r in self.replacements if r.row.path in reasons]
-        gone = {id(r.module) for r in leaving}
-        restore_all([r.module for r in leaving])
-        self._modules = [module for module in self._modules if id(module) not in gone]
-        self.replacements = [r for r in self.replacements if r.row.path not in reasons]
+        """Restore single replacements, {(path, kind): reason}, and report them as skipped."""
+        gone = {id(r.state) for r in self.replacements if (r.row.path, r.row.kind) in reasons}
+        staying = [(module, state) for module, state in self._installed if id(state) not in gone]
+        restore_all([(module, state) for module, state in self._installed if id(state) in gone], staying)
+        self._installed = staying
+        self.replacements = [r for r in self.replacements if id(r.state) not in gone]
         self.report.rows = [
-            replace(row, status="skipped", replacement="", reason=reasons[row.path])
-            if row.status == "replaced" and row.path in reasons
+            replace(row, status="skipped", replacement="", reason=reasons[row.path, row.kind])
+            if row.status == "replaced" and (row.path, row.kind) in reasons
             else row
             for row in self.report.rows
         ]
@@ -63,7 +63,8 @@ class PatchedModel:
             state = replacement.state
             refused = state.rotate.fallbacks if isinstance(state, RotaryState) else state.fallbacks
             for reason, number in refused.items():
-                counts[replacement.row.path, reason] = number
+                place = replacement.row.path, reason
+                counts[place] = counts.get(place, 0) + number
         return counts
 
     def __enter__(self):
@@ -76,23 +77,24 @@ class PatchedModel:
         return f"<PatchedModel of {type(self.model).__name__}: {self.report.counts}>"
 
 
-def restore_all(modules):
-    """Restore replaced modules, after making sure that nothing was put on top of any."""
-    modules = [module for module in modules if instance.state_of(module) is not None]
-    for module in modules:
-        if instance.place_of(module) is None and _covered(module):
+def restore_all(installed, staying=()):
+    """Restore replaced modules, after making sure that nothing was put on top of any.
+
+    Args:
+        installed: (module, state); states that the modules do not carry any more need nothing.
+        staying: Those of the same model that stay replaced.
+    """
+    installed = [(module, state) for module, state in installed if instance.carries(module, state)]
+    for module, state in installed:
+        if state.is_covered(module):
             raise RuntimeError(
                 f"undo: the forward of a {type(module).__name__} was replaced after patching; undo that first"
             )
-    for module in modules:
-        instance.restore(module)
-
-
-def _covered(module):
-    """Whether something else stands where our function was; a slot that is simply gone needs no restoring."""
-    return instance.state_of(module).slot in module.__dict__
+    for module, state in installed:
+        state.restore(module)
+    attention.switch_off([state for _, state in installed], [state for _, state in staying])
 
 
 def patched_modules(model):
     """(path, module) of every replaced module of a model."""
-    return [(path, module) for path, module in model.named_modules() if instance.state_of(module) is not None]
+    return [(path, module) for path, module in model.named_modules() if instance.states_of(module)]

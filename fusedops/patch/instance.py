@@ -2,7 +2,8 @@
 
 The new forward is ``functools.partial(function, module)`` with a function of this package. Such a partial is called as
 fast as a bound method, and it survives `copy.deepcopy` and `pickle` as what it is. (A bound method would be pickled by
-its name, which brings the stock forward back and leaves the attribute behind.)
+its name, which brings the stock forward back and leaves the attribute behind.) An attention keeps its forward, and has
+a state only: see `fusedops.patch.attention`.
 """
 
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from fusedops._core.dispatch import apply_fallback_policy
 
 ATTRIBUTE = "_fusedops"
+ATTENTION_ATTRIBUTE = "_fusedops_attention"  # an attention can be replaced and its rotary function too
 HOOKED_SLOT = "_old_forward"  # where accelerate keeps the forward that its hook wraps
 
 # What the operators raise before they do anything for arguments they do not take.
@@ -30,12 +32,38 @@ class State:
     """
 
     __slots__ = ("fallbacks", "function", "previous", "slot")
+    attribute = ATTRIBUTE
 
     def __init__(self, function, slot="forward"):
         self.function = function
         self.slot = slot
         self.previous = ()
         self.fallbacks = {}
+
+    def install(self, module):
+        """Set the two instance attributes of a module."""
+        attributes = module.__dict__
+        if self.slot in attributes:
+            self.previous = (attributes[self.slot],)
+        attributes[self.attribute] = self
+        attributes[self.slot] = partial(self.function, module)
+
+    def is_covered(self, module):
+        """Whether something else stands where our function was; a slot that is simply gone needs no restoring."""
+        return place_of(module) is None and self.slot in module.__dict__
+
+    def restore(self, module):
+        """Put back what `install` replaced."""
+        attributes = module.__dict__
+        slot = place_of(module)
+        if slot is not None:
+            if self.previous:
+                attributes[slot] = self.previous[0]
+            elif slot == HOOKED_SLOT:
+                attributes[slot] = MethodType(type(module).forward, module)
+            else:
+                del attributes[slot]
+        del attributes[self.attribute]
 
     def stock(self, module):
         """The function that the replacement stands for, from the module's class."""
@@ -62,18 +90,25 @@ def record_fallback(fallbacks, name, reason, args):
 
 
 def install(module, state):
-    """Set the two instance attributes of a replaced module."""
-    attributes = module.__dict__
-    if state.slot in attributes:
-        state.previous = (attributes[state.slot],)
-    attributes[ATTRIBUTE] = state
-    attributes[state.slot] = partial(state.function, module)
+    """Make a module the replaced one that its state describes."""
+    state.install(module)
 
 
 def state_of(module):
     """The module's State, or None where it is not replaced."""
     state = module.__dict__.get(ATTRIBUTE)
     return state if isinstance(state, State) else None
+
+
+def states_of(module):
+    """Every State of a module."""
+    found = (module.__dict__.get(name) for name in (ATTRIBUTE, ATTENTION_ATTRIBUTE))
+    return [state for state in found if isinstance(state, State)]
+
+
+def carries(module, state):
+    """Whether a module is replaced as this State says."""
+    return module.__dict__.get(state.attribute) is state
 
 
 def place_of(module):
@@ -87,21 +122,6 @@ def place_of(module):
         if isinstance(value, partial) and value.func is state.function and value.args == (module,):
             return slot
     return None
-
-
-def restore(module):
-    """Put back what `install` replaced."""
-    attributes = module.__dict__
-    state = attributes[ATTRIBUTE]
-    slot = place_of(module)
-    if slot is not None:
-        if state.previous:
-            attributes[slot] = state.previous[0]
-        elif slot == HOOKED_SLOT:
-            attributes[slot] = MethodType(type(module).forward, module)
-        else:
-            del attributes[slot]
-    del attributes[ATTRIBUTE]
 
 
 def foreign_forward(module):

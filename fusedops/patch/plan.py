@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fusedops.patch import rebuild, residual
+from fusedops.patch.attention import AttentionState, Switch, find_attention, previous_name
 from fusedops.patch.gates import GATE_METHOD, find_gate
 from fusedops.patch.instance import State, foreign_forward
 from fusedops.patch.norms import find_norm
@@ -14,7 +15,7 @@ from fusedops.patch.report import Row
 from fusedops.patch.rotary import find_rotary
 
 # kind -> function of a module that gives (State, text), the reason (str) why it is left alone, or None
-FINDERS = {"norm": find_norm, "mlp": find_gate, "rotary": find_rotary}
+FINDERS = {"norm": find_norm, "mlp": find_gate, "rotary": find_rotary, "attention": find_attention}
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Plan:
 
     Args:
         model: Any module.
-        kinds: Which of norm, mlp, rotary, residual to look for.
+        kinds: Which of attention, norm, mlp, rotary, residual to look for.
         strict: Raise where another patcher has set the forward of a module that we would replace.
 
     Raises:
@@ -44,6 +45,7 @@ class Plan:
         self.replacements = []
         self.rows = []
         self._taken = {}
+        self._switches = {}
         with probing():
             for path, module in model.named_modules():
                 for kind, find in FINDERS.items():
@@ -60,7 +62,10 @@ class Plan:
             reason = self._obstacle(path, module, state)
             if reason is None:
                 row = Row(path, type(module).__name__, kind, "replaced", replacement=text)
-                self._taken[module] = state
+                if isinstance(state, AttentionState):
+                    state.switch = self._switch(module.config)
+                else:
+                    self._taken[module] = state
                 self.replacements.append(Replacement(module, state, row))
                 self.rows.append(row)
                 return
@@ -70,7 +75,7 @@ class Plan:
 
     def _obstacle(self, path, module, state):
         """Why a module that we could replace is left alone, or None; chooses the slot."""
-        if module in self._taken:
+        if module in self._taken and not isinstance(state, AttentionState):
             return "the module is already replaced as another kind"
         if state.slot == GATE_METHOD:
             other = module.__dict__.get(GATE_METHOD)
@@ -85,6 +90,10 @@ class Plan:
                 "undo that first, or pass strict=False to leave such modules alone"
             )
         return reason
+
+    def _switch(self, config):
+        """The one Switch of a config, which many modules read."""
+        return self._switches.setdefault(id(config), Switch(config, previous_name(config)))
 
     def _find_residuals(self):
         rewritten = functools.cache(residual.rewritten_forward)

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-KINDS = ("norm", "mlp", "rotary", "residual")
+KINDS = ("attention", "norm", "mlp", "rotary", "residual")
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Row:
     Attributes:
         path: Name of the module in the model.
         module: Name of its class.
-        kind: norm, mlp, rotary or residual.
+        kind: attention, norm, mlp, rotary or residual.
         status: replaced or skipped.
         replacement: The operator that computes it now; empty where it was skipped.
         reason: Why it was skipped; empty where it was replaced.
@@ -32,7 +32,7 @@ class Measured:
     """Measured difference between the model's own code and the replacement, in epsilons of the output's dtype.
 
     Attributes:
-        kind: norm, mlp, rotary, residual; or "whole model".
+        kind: attention, norm, mlp, rotary, residual; or "whole model".
         path: The module that differed most of its kind.
         count: Number of comparisons.
         rms, peak: The largest relative differences: Euclidean over the tensor, and of the largest element.
@@ -106,6 +106,6 @@ def _table(rows, text):
     groups = Counter((KINDS.index(row.kind), row.kind, row.module, text(row)) for row in rows)
     width = max((len(module) for _, _, module, _ in groups), default=0)
     return [
-        f"  {count:5d} x {kind:<8}  {module:<{width}}  {'->' if rows[0].status == 'replaced' else '-'} {last}"
+        f"  {count:5d} x {kind:<9}  {module:<{width}}  {'->' if rows[0].status == 'replaced' else '-'} {last}"
         for (_, kind, module, last), count in sorted(groups.items())
     ]

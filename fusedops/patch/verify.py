@@ -1,22 +1,25 @@
 """Running the model's own code and the replacements on the same real activations, and judging the difference."""
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from fusedops.patch.attention import watched
 from fusedops.patch.gates import GATE_METHOD
 from fusedops.patch.instance import state_of
 from fusedops.patch.report import KINDS, Measured
 from fusedops.patch.rotary import RotaryState, with_rotary
 from fusedops.testing.accuracy import Budget, errors
 
-# How many default budgets a kind may differ from the stock code, which rounds on its own. One: the same roundings.
+# How many default budgets a kind may differ from the stock code, which rounds on its own. One: the same roundings, or
+# stock code that runs in float32 (attention).
 # Two: an activation spelled out rounds its factors; rotary rounds two products and a sum where the operator rounds
 # once; a layer hands rounded norms on.
-ALLOWANCE = {"norm": 1, "mlp": 2, "rotary": 2, "residual": 2}
+ALLOWANCE = {"attention": 1, "norm": 1, "mlp": 2, "rotary": 2, "residual": 2}
 
 NOISE_RUNS = 6  # enough for an expert that is chosen by a hair to change at least once
 
@@ -66,19 +69,30 @@ def run(model, inputs):
         for module, _ in modes:
             module.training = False
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return _tensors(model(**inputs, **extra))
+            return [_visible(tensor, inputs.get("attention_mask")) for tensor in _tensors(model(**inputs, **extra))]
     finally:
         for module, mode in modes:
             module.training = mode
 
 
+def _visible(tensor, mask):
+    """The tensor with 0 for padding tokens, whose values are arbitrary."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor.masked_fill(mask.to(tensor.device)[(...,) + (None,) * (tensor.dim() - 2)] == 0, 0)
+
+
 def differences(handle, inputs):
     """Compare every replaced module with its own code, each on the activations that it gets in the patched model."""
     found = []
+    attentions = {id(r.module): r.row.path for r in handle.replacements if r.row.kind == "attention"}
     with contextlib.ExitStack() as stack:
         for replacement in handle.replacements:
-            hook = _hook(replacement.row.path, replacement.row.kind, found)
-            stack.callback(replacement.module.register_forward_hook(hook, with_kwargs=True).remove)
+            if replacement.row.kind != "attention":
+                hook = _hook(replacement.row.path, replacement.row.kind, found)
+                stack.callback(replacement.module.register_forward_hook(hook, with_kwargs=True).remove)
+        if attentions:
+            stack.enter_context(watched(functools.partial(_compare_attention, attentions, found)))
         run(handle.model, inputs)
     return found
 
@@ -128,6 +142,13 @@ def summary(found):
             rms, peak = max(d.rms for d in group), max(d.peak for d in group)
             rows.append(Measured(kind, worst.path, len(group), rms, peak, worst.limit.rms, worst.limit.peak))
     return rows
+
+
+def _compare_attention(paths, found, module, out, expected):
+    """Append one Difference; `expected` is wider than `out`, because eager attention rounds its scores to 16 bits."""
+    limit = _limit("attention", out.dtype)
+    measured = errors(out, expected.double())
+    found.append(Difference(paths[id(module)], "attention", measured.rms, measured.peak, limit))
 
 
 def _hook(path, kind, found):

@@ -12,11 +12,12 @@ from tests.patch.tiny_models import tiny, tokens, tower
 
 TEXT = """\
 replaced
-      5 x norm      GptOssRMSNorm       -> rms_norm()
-      2 x rotary    GptOssAttention     -> rotary() in place of apply_rotary_pos_emb
-      2 x residual  GptOssDecoderLayer  -> 2 x residual addition and norm in one pass
+      2 x attention  GptOssAttention     -> attention(sinks)
+      5 x norm       GptOssRMSNorm       -> rms_norm()
+      2 x rotary     GptOssAttention     -> rotary() in place of apply_rotary_pos_emb
+      2 x residual   GptOssDecoderLayer  -> 2 x residual addition and norm in one pass
 skipped
-      2 x mlp       GptOssExperts  - the experts' gate is neither silu(gate) * up nor gelu(gate) * up"""
+      2 x mlp        GptOssExperts  - the experts' gate is neither silu(gate) * up nor gelu(gate) * up"""
 
 
 def test_text():
@@ -39,7 +40,7 @@ def test_dry_run():
     handle = patch(model, dry_run=True)
     assert_same(before, snapshot(model))
     assert handle.report.dry_run and str(handle.report).startswith("would be replaced\n")
-    assert handle.report.counts == {"norm": 7, "mlp": 3, "rotary": 3, "residual": 3}
+    assert handle.report.counts == {"attention": 0, "norm": 7, "mlp": 3, "rotary": 3, "residual": 3}
     handle.undo()
     patch(model)
 
@@ -47,7 +48,7 @@ def test_dry_run():
 @pytest.mark.parametrize("kind", ["norm", "mlp", "rotary", "residual"])
 def test_one_kind_switched_off(kind):
     counts = patch(tower(), **{kind: False}).report.counts
-    expected = {"norm": 7, "mlp": 3, "rotary": 3, "residual": 3, kind: 0}
+    expected = {"attention": 0, "norm": 7, "mlp": 3, "rotary": 3, "residual": 3, kind: 0}
     if kind == "norm":
         expected["residual"] = 0  # nothing to hand the sum's norm to
     assert counts == expected
@@ -64,7 +65,7 @@ def test_nothing_recognised():
         patch(model, mlp=False)
     assert "RMS norms" in str(error.value) and "gated MLPs" not in str(error.value)
     handle = patch(model, strict=False)
-    assert handle.report.counts == {"norm": 0, "mlp": 0, "rotary": 0, "residual": 0}
+    assert handle.report.counts == {"attention": 0, "norm": 0, "mlp": 0, "rotary": 0, "residual": 0}
     assert str(handle.report).startswith("replaced\n  nothing\nskipped\n")
     handle.undo()
 
@@ -93,10 +94,10 @@ def test_rejects(arguments, error, message):
 
 
 def test_rejects_no_kind():
-    with pytest.raises(ValueError, match="at least one of norm, mlp, rotary must be True"):
-        patch(tower(), norm=False, mlp=False, rotary=False)
-    with pytest.raises(TypeError, match="attention"):
-        patch(tower(), attention=True)
+    with pytest.raises(ValueError, match="at least one of attention, norm, mlp, rotary must be True"):
+        patch(tower(), attention=False, norm=False, mlp=False, rotary=False)
+    with pytest.raises(TypeError, match="attentions"):
+        patch(tower(), attentions=True)
 
 
 def test_module_that_is_the_whole_model():
@@ -104,5 +105,5 @@ def test_module_that_is_the_whole_model():
     x = torch.randn(2, 8)
     expected = norm(x)
     handle = patch(norm)
-    assert handle.report.rows[0].path == "" and repr(handle).startswith("<PatchedModel of RMSNorm: {'norm': 1")
+    assert handle.report.rows[0].path == "" and repr(handle).startswith("<PatchedModel of RMSNorm: {'attention'")
     torch.testing.assert_close(norm(x), expected)

@@ -11,6 +11,7 @@ import fusedops
 from fusedops import FallbackWarning
 from fusedops._core import env
 from fusedops.patch import patch
+from fusedops.testing.accuracy import Budget, errors
 from tests.patch.tiny_models import Mixer, Scaler, fill, logits, tiny, tokens, tower
 
 
@@ -97,13 +98,15 @@ def test_autocast(make):
     model, ids = make(), tokens()
     model = nn.Sequential(model)
     model.append(nn.LayerNorm(8))
+    truth = logits(model[0], ids).double(), model[1](torch.ones(2, 8)).double()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = logits(model[0], ids), model[1](torch.ones(2, 8).bfloat16())
         patch(model)
         found = logits(model[0], ids), model[1](torch.ones(2, 8).bfloat16())
-    for mine, stock in zip(found, expected, strict=True):
+    for mine, stock, exact in zip(found, expected, truth, strict=True):
         assert mine.dtype == stock.dtype
-        torch.testing.assert_close(mine, stock, rtol=0.05, atol=0.05)
+        measured, allowed = errors(mine, exact), errors(stock, exact)
+        assert measured.rms <= 2 * allowed.rms and measured.peak <= 2 * allowed.peak + 1, (measured, allowed)
 
 
 class LowRank(nn.Module):
@@ -248,7 +251,7 @@ def test_layers_frozen_and_last_norm_trained():
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "own"])
 def test_compile(family):
-    """The compiler sees the stock code: no graph break more, no recompilation from call to call, the same logits."""
+    """The compiler sees the stock code and our attention: no graph break more, no recompilation from call to call."""
     model = tower() if family == "own" else tiny(family)
     counts, results = [], []
     for patched in (False, True):
@@ -262,8 +265,11 @@ def test_compile(family):
         counts.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
     torch._dynamo.reset()
     assert counts[0] == counts[1] and counts[0][0] > 0
+    budget = Budget.for_dtype(torch.float32)
     for mine, stock in zip(results[1], results[0], strict=True):
-        assert torch.equal(mine, stock)
+        measured = errors(mine, stock.double())
+        assert measured.rms <= budget.rms * 2**0.5 and measured.peak <= budget.peak * 2**0.5  # two attentions
+        assert family != "own" or torch.equal(mine, stock)
 
 
 def test_inference_mode_uses_the_fused_path():
@@ -276,7 +282,7 @@ def test_inference_mode_uses_the_fused_path():
         with mode():
             torch.testing.assert_close(model(ids).logits, expected)
         calls = {name: count for (name, _), count in fusedops.counters().items()}
-        assert calls == {"add_rms_norm": 4, "rms_norm": 1, "silu_mul": 2, "rotary": 2}
+        assert calls == {"attention": 2, "add_rms_norm": 4, "rms_norm": 1, "silu_mul": 2, "rotary": 2}
 
 
 def test_layer_norm_residual():
@@ -306,7 +312,7 @@ def test_layer_norm_residual():
 
     model, x = fill(Stack()), torch.randn(2, 5, 32)
     expected = logits(model, x)
-    assert patch(model).report.counts == {"norm": 7, "mlp": 0, "rotary": 0, "residual": 3}
+    assert patch(model).report.counts == {"attention": 0, "norm": 7, "mlp": 0, "rotary": 0, "residual": 3}
     fusedops.reset_counters()
     torch.testing.assert_close(logits(model, x), expected)
     assert {name: count for (name, _), count in fusedops.counters().items()} == {"add_layer_norm": 6, "layer_norm": 1}

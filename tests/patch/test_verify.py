@@ -6,7 +6,7 @@ from torch import nn
 
 import fusedops
 from fusedops._core.register import Operator
-from fusedops.patch import norms, patch, rotary, verify
+from fusedops.patch import attention, norms, patch, rotary, verify
 from tests.patch.test_undo import assert_same, snapshot
 from tests.patch.tiny_models import FAMILIES, logits, tiny, tokens, tower
 
@@ -28,7 +28,7 @@ def _plant(monkeypatch, fault):
     """Make one operator wrong where the patched modules call it."""
     # the faults stand in the public functions
     monkeypatch.setattr(Operator, "direct", lambda self, tensor, like=None: None)
-    rms_norm, add_rms_norm, turn = norms.rms_norm, norms.add_rms_norm, rotary.rotary
+    rms_norm, add_rms_norm, turn, attend = norms.rms_norm, norms.add_rms_norm, rotary.rotary, attention.attention
     if fault == "norm 1 % too large":
         monkeypatch.setattr(norms, "rms_norm", lambda *args, **options: rms_norm(*args, **options) * 1.01)
     elif fault == "norm without eps":
@@ -48,6 +48,13 @@ def _plant(monkeypatch, fault):
         monkeypatch.setattr(fusedops.patch.gates, "silu_mul", lambda gate, up: stock(up, gate))
     elif fault == "up left out":
         monkeypatch.setattr(fusedops.patch.gates, "silu_mul", lambda gate, up: torch.nn.functional.silu(gate))
+    elif fault == "scores 5 % too large":
+        monkeypatch.setattr(attention, "attention", lambda q, k, v, **o: attend(q * 1.05, k, v, **o))
+    elif fault == "the next key is seen":
+        ahead = {"causal": False, "window_size": (-1, 1)}
+        monkeypatch.setattr(attention, "attention", lambda *args, **options: attend(*args, **{**options, **ahead}))
+    elif fault == "key heads swapped":
+        monkeypatch.setattr(attention, "attention", lambda q, k, v, **options: attend(q, k.flip(2), v, **options))
 
 
 def _with_nan(x):
@@ -66,6 +73,9 @@ FAULTS = {
     "sin negated": "rotary",
     "gate and up swapped": "mlp",
     "up left out": "mlp",
+    "scores 5 % too large": "attention",
+    "the next key is seen": "attention",
+    "key heads swapped": "attention",
 }
 
 
@@ -89,7 +99,7 @@ def test_not_strict_leaves_out_what_is_wrong(monkeypatch):
     expected = logits(model, ids)
     _plant(monkeypatch, "sin negated")
     handle = patch(model, verify=True, strict=False)
-    assert handle.report.counts == {"norm": 5, "mlp": 2, "rotary": 0, "residual": 2}
+    assert handle.report.counts == {"attention": 2, "norm": 5, "mlp": 2, "rotary": 0, "residual": 2}
     assert all("differs by rms" in row.reason for row in handle.report.skipped)
     torch.testing.assert_close(logits(model, ids), expected)
     handle.undo()
@@ -138,3 +148,25 @@ def test_verification_leaves_no_trace():
 def test_verification_in_dry_run_does_nothing():
     model = nn.Sequential(nn.RMSNorm(8, eps=1e-5))
     assert patch(model, dry_run=True, verify=True).report.measured == []
+
+
+def test_attention_alone_can_be_left_out(monkeypatch):
+    """The rotary function of the same module stays replaced, and the config names the model's own attention again."""
+    model, ids = tiny("gpt_oss"), tokens()
+    expected = logits(model, ids)
+    _plant(monkeypatch, "key heads swapped")
+    handle = patch(model, verify=True, strict=False)
+    assert handle.report.counts == {"attention": 0, "norm": 5, "mlp": 0, "rotary": 2, "residual": 2}
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(model, ids), expected)
+    handle.undo()
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_compared(side):
+    """Eager attention gives a padding token the mean of all values, and we give it nothing."""
+    ids, mask = tokens(), torch.ones(2, 12, dtype=torch.long)
+    mask[0, slice(5) if side == "left" else slice(7, None)] = 0
+    report = patch(tiny("gemma2"), verify={"input_ids": ids, "attention_mask": mask}).report
+    assert report.counts["attention"] == 2 and [entry.kind for entry in report.measured].count("attention") == 1
