@@ -1,24 +1,53 @@
-"""What every benchmark shares: cases, peers, rounds, rows with provenance, the table. See performance.md, section 4."""
+"""What every benchmark shares: cases, peers, rounds, rows with provenance. See docs/performance.md."""
 
 import argparse
-import datetime
 import importlib
-import json
-import platform
-import subprocess
+import inspect
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _rows import EAGER, ON_DEVICE, environment, share, table, write
 
+import fusedops
 from fusedops import explain
-from fusedops._core.device import cpu_name
+from fusedops._core.explain import operator_call
 from fusedops.testing.timing import compare, rotating
 
-ROOT = Path(__file__).resolve().parent.parent
 COPY_BYTES = 2**29  # each way: far beyond any cache
+HOST_HIDDEN = 1e-3  # seconds on the device, behind which no call's cost on the host shows
+MATMUL = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}  # size and dtype of the product behind TC*
+UNIMPORTABLE = {}  # peers that `peer` did not find, with the reason
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple | list) else (value,)
+
+
+def difference(found, wanted):
+    """The largest difference between tensors, by norm, relative to those that are wanted."""
+    worst = 0.0
+    for a, b in zip(as_tuple(found), as_tuple(wanted), strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"its result has shape {tuple(a.shape)}, not {tuple(b.shape)}")
+        away = float(torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(b.double()))
+        if away != away:
+            return away
+        worst = max(worst, away)
+    return worst
+
+
+def error_of(case, arguments, out):
+    """How far our result is from the reference in float64 on the same stored values."""
+    operator, args = operator_call(getattr(fusedops, case.op), *arguments, **case.options)
+    reference = getattr(operator._selector.module("reference"), operator.name)
+    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    rounding = {"round_to": case.dtype} if "round_to" in inspect.signature(reference).parameters else {}
+    truth = as_tuple(reference(*wide, **rounding))
+    return difference(out, truth[: len(as_tuple(out))])  # a public function may return less than the operator
 
 
 @dataclass(frozen=True)
@@ -32,6 +61,10 @@ class Case:
         make: Function of a number that gives the operator's positional arguments in fresh memory.
         candidates: Name to function of those arguments; the first is ours.
         options: Keyword arguments of our call.
+        tolerance: A peer whose results differ from ours by more, relative to their norm, is left out as wrong.
+        cost: (bytes, operations) of the call where they are not those that ``explain`` gives.
+        goal: (ratio to the best peer, part of the ceiling), the least there should be; None asks nothing.
+        check: Function (case, arguments, our result) that gives our error against float64; None where there is none.
     """
 
     op: str
@@ -40,116 +73,207 @@ class Case:
     make: Callable
     candidates: dict
     options: dict
+    tolerance: float = 0.03
+    cost: tuple | None = None
+    goal: tuple = (None, None)
+    check: Callable | None = error_of
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches now: bytes a second of a large copy (BW*), operations of a large product (TC*)."""
+
+    bandwidth: float
+    matmul_rate: float
 
 
 def peer(module, attribute):
-    """A function of an optional package by dotted names, or None where the package is not installed."""
+    """A function of an optional package by dotted names, or None where it cannot be imported."""
     try:
         value = importlib.import_module(module)
-    except ImportError:
+        for name in attribute.split("."):
+            value = getattr(value, name)
+    except Exception as error:  # a compiled package for another torch fails in its own ways
+        UNIMPORTABLE[module] = brief(error)
         return None
-    for name in attribute.split("."):
-        value = getattr(value, name)
     return value
 
 
+def brief(error):
+    """An exception in one line."""
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first[:160]}"
+
+
 def compiled(function):
-    """torch.compile of a plain function, under a name of its own."""
+    """torch.compile of a plain function."""
     return torch.compile(function, dynamic=False)
 
 
-def environment(device):
-    """What the numbers depend on."""
-    triton = sys.modules.get("triton")
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads() if device == "cpu" else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__ if triton else None,
-        "commit": commit.stdout.strip() or None,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def copy_bandwidth(device, rounds):
-    """BW*: bytes read and written per second by a large copy on this machine, now."""
+def measure_ceilings(device, rounds):
+    """BW* and TC* of this machine, now, on random data."""
     count = COPY_BYTES // 4
     source, target = torch.randn(count, device=device), torch.empty(count, device=device)
-    timing = compare({"copy": target.copy_}, arguments=[(source,)], rounds=rounds, device=device)["copy"]
-    return 2 * COPY_BYTES / timing.median
+    copying = compare({"copy": target.copy_}, arguments=[(source,)], rounds=rounds, device=device)["copy"]
+    del source, target
+    size, dtype = MATMUL[device]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = compare({"matmul": torch.matmul}, arguments=[(a, b)], rounds=rounds, device=device)["matmul"]
+    return Ceilings(2 * COPY_BYTES / copying.median, 2 * size**3 / product.median)
 
 
-def measure(case, device, rounds, bandwidth, graph):
+def tried(case, graph, device):
+    """(names of the candidates that run, can be captured where asked, and agree with us; the others with the reason;
+    our error)."""
+    arguments = case.make(0)
+
+    def copies():  # some peers work in place
+        return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+    ours, *others = case.candidates
+    wanted = case.candidates[ours](*copies())
+    error = case.check(case, arguments, wanted) if case.check else None
+    used, left_out = [ours], {}
+    for name in others:
+        try:
+            away = difference(case.candidates[name](*copies()), wanted)
+            if not away <= case.tolerance:
+                raise ValueError(f"its results differ from ours by {away:.3g}")
+            if graph:
+                capture(case.candidates[name], copies())
+            used.append(name)
+        except Exception as reason:
+            left_out[name] = brief(reason)
+            if device == "cuda":
+                torch.cuda.synchronize()  # an error that stays in the context ends the benchmark here
+    return used, left_out, error
+
+
+def capture(function, arguments):
+    """Capture one call in a CUDA graph; raises where that is not possible."""
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        function(*arguments)
+    torch.cuda.synchronize()
+
+
+def measure(case, device, rounds, ceilings, graph):
     """One row: our time and each peer's, in alternating rounds over buffers that no cache holds."""
     explanation = explain(case.op, *case.make(0), **case.options)
+    num_bytes, operations = case.cost or (explanation.bytes, explanation.operations)
+    used, left_out, error = tried(case, graph, device)
     timings = compare(
-        case.candidates,
-        arguments=rotating(case.make, explanation.bytes),
+        {name: case.candidates[name] for name in used},
+        arguments=rotating(case.make, num_bytes),
         rounds=rounds,
         device=device,
         graph=graph,
     )
     ours, *others = timings
     best = min(others, key=lambda name: timings[name].median, default=None)
-    return {
+    seconds = timings[ours].median
+    by_operations = operations / ceilings.matmul_rate > num_bytes / ceilings.bandwidth
+    row = {
         "op": case.op,
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "timed": "device time under a CUDA graph" if graph else "wall time of eager calls",
+        "timed": ON_DEVICE if graph else EAGER,
         "backend": explanation.backend,
         "config": explanation.config,
         "config_source": explanation.config_source,
-        "bytes": explanation.bytes,
-        "operations": explanation.operations,
-        "seconds": timings[ours].median,
+        "bytes": num_bytes,
+        "operations": operations,
+        "error": error,
+        "seconds": seconds,
         "low": timings[ours].low,
         "high": timings[ours].high,
         "peers": {name: timings[name].median for name in others},
+        "peers_left_out": left_out,
         "best_peer": best,
-        "speedup": timings[best].median / timings[ours].median if best else None,
-        "share_of_copy_bandwidth": explanation.bytes / timings[ours].median / bandwidth,
+        "speedup": timings[best].median / seconds if best else None,
+        "copy_bandwidth": ceilings.bandwidth,
+        "matmul_rate": ceilings.matmul_rate,
+        "share_of_copy_bandwidth": num_bytes / seconds / ceilings.bandwidth,
+        "share_of_matmul_rate": operations / seconds / ceilings.matmul_rate if by_operations else None,
+        "goal": case.goal,
     }
+    return row | {"goal_met": judged(case, row) if graph else None}
 
 
-def table(rows):
-    """The rows as text, ours first, each peer with the ratio of its time to ours."""
-    lines = [f"{'operator':<16}{'shape':<18}{'dtype':<10}{'ours':>11}{'of BW*':>8}   peers (times ours)"]
-    for row in rows:
-        peers = ", ".join(f"{name} {seconds / row['seconds']:.2f}" for name, seconds in row["peers"].items())
-        lines.append(
-            f"{row['op']:<16}{row['shape']:<18}{row['dtype']:<10}{row['seconds'] * 1e6:>9.1f}us"
-            f"{row['share_of_copy_bandwidth']:>8.0%}   {peers}"
-        )
-    return "\n".join(lines)
+def measured(case, device, rounds, ceilings):
+    """The rows of a case: on a GPU the device's time, and where the host's may show beside it, that of eager calls."""
+    if device == "cuda":
+        row = measure(case, device, rounds, ceilings, graph=True)
+        yield row
+        if row["seconds"] > HOST_HIDDEN:
+            return
+    yield measure(case, device, rounds, ceilings, graph=False)
 
 
-def main(cases, absent=()):
-    """Run a benchmark's cases from its command line and print the table.
+def judged(case, row):
+    """Whether a row reaches the case's goal; None where there is none, or nobody to beat."""
+    ratio, part = case.goal
+    if case.goal == (None, None) or (ratio is not None and row["speedup"] is None):
+        return None
+    reached = row["share_of_copy_bandwidth"] if row["share_of_matmul_rate"] is None else row["share_of_matmul_rate"]
+    return (ratio is None or row["speedup"] >= ratio) and (part is None or reached >= part)
 
-    Args:
-        cases: Function (device, quick) that yields the cases.
-        absent: Names of peers that are not installed; they are reported as absent.
-    """
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.split("\n")[0])
+
+def arguments_of(parser):
+    """Declare the options of a benchmark and return what the command line says."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds, to see that it runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file, again after each case")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so long")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs an NVIDIA GPU, and torch finds none")
+    return args
+
+
+def progress(row):
+    """One line of a row: every peer's time by ours, and why peers are missing."""
+    peers = [f"{name} {seconds / row['seconds']:.2f}" for name, seconds in row["peers"].items()]
+    peers += [f"{name} left out ({reason})" for name, reason in row["peers_left_out"].items()]
+    timed = "graph" if row["timed"] == ON_DEVICE else "eager"
+    figures = f"{row['seconds'] * 1e6:.1f}us {share(row)} {row['operations'] / row['seconds'] / 1e12:.1f} TFLOP/s"
+    return f"{row['op']} {row['shape']} {row['dtype']} {timed} {figures} [{row['backend']}]: {', '.join(peers)}"
+
+
+def main(cases):
+    """Run a benchmark's cases from its command line and print the table.
+
+    A case that fails is reported and the next one runs; the exit status is then 1.
+
+    Args:
+        cases: Function (device, quick) that yields the cases.
+    """
+    started = time.monotonic()
+    args = arguments_of(argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.split("\n")[0]))
     rounds = 5 if args.quick else 11
     provenance = environment(args.device)
-    bandwidth = copy_bandwidth(args.device, rounds)
-    rows = []
+    ceilings = measure_ceilings(args.device, rounds)
+    rows, failed = [], 0
     with torch.no_grad():
         for case in cases(args.device, args.quick):
-            for graph in (False, True) if args.device == "cuda" else (False,):
-                rows.append(measure(case, args.device, rounds, bandwidth, graph) | {"environment": provenance})
-    print(f"{provenance['device']}, torch {provenance['torch']}, {provenance['date']}, BW* {bandwidth / 1e9:.1f} GB/s")
+            if time.monotonic() - started > args.seconds:
+                print(f"out of time before {case.op} {case.shape}")
+                break
+            torch._dynamo.reset()  # else a function compiled for many shapes would stop being compiled
+            try:
+                for row in measured(case, args.device, rounds, ceilings):
+                    rows.append(row | {"environment": provenance})
+                    print(progress(row), flush=True)
+            except Exception as error:
+                failed += 1
+                print(f"failed: {case.op} {case.shape}: {brief(error)}", flush=True)
+            if args.json:
+                write(args.json, rows)
+    for name, reason in UNIMPORTABLE.items():
+        print(f"absent peer: {name} ({reason})")
+    print(
+        f"{provenance['device']}, torch {provenance['torch']}, {provenance['date']}, "
+        f"BW* {ceilings.bandwidth / 1e9:.1f} GB/s, TC* {ceilings.matmul_rate / 1e12:.2f} TFLOP/s"
+    )
     print(table(rows))
-    for name in absent:
-        print(f"absent peer: {name} is not installed")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    sys.exit(int(failed > 0))

@@ -1,4 +1,7 @@
-"""Time an operator against torch's own ways on this machine; needs a source checkout."""
+"""Time an operator against torch's own ways on this machine, or compare two earlier results.
+
+Timing needs a source checkout. ``bench compare A.json B.json`` tells what moved from A to B beyond noise.
+"""
 
 import json
 import subprocess
@@ -7,21 +10,27 @@ import tempfile
 from pathlib import Path
 
 import fusedops
-from fusedops.cli.console import CommandError, check_output, write_json
+from fusedops.cli.console import CommandError, Console, check_output, first_line, write_json
 
 FOLDER = Path(fusedops.__file__).resolve().parent.parent / "benchmarks"
+NOISE = 0.03  # of the time: what clocks and neighbours move it by from run to run
 
 
 def add_arguments(parser):
     """Declare the command's arguments."""
-    parser.add_argument("op", help="benchmark to run, or all")
+    parser.add_argument("op", help="benchmark to run, or all, or compare")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="with compare: rows before and after, from --json")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds, to see that it runs")
     parser.add_argument("--json", metavar="FILE", help="write every row to a file")
 
 
 def run(args):
-    """Run the benchmarks one after the other; 1 where one of them failed."""
+    """Run the benchmarks one after the other, or compare two files; 1 where one failed, or became slower."""
+    if args.op == "compare":
+        return compare_files(args.files)
+    if args.files:
+        raise CommandError(f"{args.op} must stand alone; files are for compare, got {' '.join(args.files)}")
     scripts = available()
     if not scripts:
         raise CommandError(f"needs a source checkout: there is no benchmark in {FOLDER}")
@@ -42,6 +51,54 @@ def run(args):
     if failed:
         print(f"fusedops bench: failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
+
+
+def compare_files(files):
+    """Print what moved between two files of rows; 1 where something became slower."""
+    if len(files) != 2:
+        raise CommandError(f"compare must have two files, got {len(files)}")
+    before, after = map(read_rows, files)
+    moved, slower = movements(before, after)
+    console = Console()
+    devices = {row["environment"]["device"] for row in (*before.values(), *after.values())}
+    if len(devices) > 1:
+        console.line(f"Different devices, whose times say nothing about the code: {', '.join(sorted(devices))}")
+    if moved:
+        header = ("", "shape", "dtype", "timed", "before us", "after us", "change")
+        console.table("Beyond noise", header, moved)
+    same = len(before.keys() & after.keys()) - len(moved)
+    console.line(f"{same} rows unchanged, {len(moved) - slower} faster, {slower} slower")
+    for name, only in (("before", before.keys() - after.keys()), ("after", after.keys() - before.keys())):
+        if only:
+            console.line(f"{len(only)} rows only {name}: {', '.join(' '.join(key[:3]) for key in sorted(only))}")
+    return int(slower > 0)
+
+
+def read_rows(path):
+    """Rows of a file by operator, shape, dtype and way of timing."""
+    try:
+        rows = json.loads(Path(path).read_text())
+        return {(row["op"], row["shape"], row["dtype"], row["timed"]): row for row in rows}
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CommandError(f"{path} must hold rows that bench --json wrote, got {first_line(error)}") from error
+
+
+def movements(before, after):
+    """Table lines of the rows whose rounds do not overlap and whose medians differ by more than NOISE; and how many
+    of them are slower."""
+    lines, slower = [], 0
+    for key in before.keys() & after.keys():
+        old, new = before[key], after[key]
+        change = new["seconds"] / old["seconds"] - 1
+        apart = new["low"] > old["high"] or new["high"] < old["low"]
+        if apart and abs(change) > NOISE:
+            slower += change > 0
+            timed = key[3].split(" time ")[0]
+            times = [f"{row['seconds'] * 1e6:.1f}" for row in (old, new)]
+            lines.append((change, (*key[:3], timed, *times, f"{change:+.1%}")))
+    return [line for _, line in sorted(lines, reverse=True)], slower
 
 
 def available():

@@ -99,7 +99,8 @@ def test_a_directory_that_is_no_model_is_refused(capsys, tmp_path):
 
 @pytest.mark.parametrize("op", fusedops.OPERATORS)
 def test_explain_every_operator(capsys, op):
-    arguments = ("explain", op, "--shape", "2x16x8x64" if op == "rotary" else "512x1024")
+    has_heads = op == "rotary" or "attention" in op
+    arguments = ("explain", op, "--shape", "2x16x8x64" if has_heads else "512x1024")
     status, out, _ = run(capsys, *arguments, "--target", "sm_90a", "--json")
     told = json.loads(out)
     assert status == 0 and told["backend"] == "triton" and told["bytes"] > 0 and told["config"]
@@ -184,6 +185,42 @@ def test_bench_gathers_rows_and_reports_failures(capsys, monkeypatch, tmp_path):
     assert status == 1 and "failed: two" in err
     assert json.loads(rows.read_text()) == [{"arguments": ["--device", "cpu", "--quick"]}]
     assert run(capsys, "bench", "one")[0] == 0
+
+
+def bench_row(op, seconds, device="cpu"):
+    return {"op": op, "shape": "2x3", "dtype": "float32", "timed": "wall time of eager calls", "seconds": seconds,
+            "low": seconds * 0.99, "high": seconds * 1.01, "environment": {"device": device}}  # fmt: skip
+
+
+def test_bench_compare(capsys, tmp_path):
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    old = {"slow": 1e-5, "fast": 1e-5, "same": 1e-5, "noisy": 1e-5, "gone": 1e-5}
+    new = {"slow": 2e-5, "fast": 5e-6, "same": 1e-5, "noisy": 1.025e-5, "new": 1e-5}
+    before.write_text(json.dumps([bench_row(op, seconds) for op, seconds in old.items()]))
+    after.write_text(json.dumps([bench_row(op, seconds) for op, seconds in new.items()]))
+    status, out, _ = run(capsys, "bench", "compare", before, after)
+    assert status == 1
+    moved = [line.split() for line in out.splitlines() if "2x3" in line and "wall" in line]
+    assert [(words[0], words[-1]) for words in moved] == [("slow", "+100.0%"), ("fast", "-50.0%")]
+    assert "2 rows unchanged, 1 faster, 1 slower" in out
+    assert "1 rows only before: gone 2x3 float32" in out and "1 rows only after: new 2x3 float32" in out
+    status, out, _ = run(capsys, "bench", "compare", before, before)
+    assert status == 0 and "5 rows unchanged, 0 faster, 0 slower" in out
+    after.write_text(json.dumps([bench_row("slow", 1e-5, device="another")]))
+    assert "Different devices" in run(capsys, "bench", "compare", before, after)[1]
+
+
+def test_bench_compare_bad_input(capsys, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text('{"a": 1}')
+    for arguments, message in (
+        (("compare",), "compare must have two files, got 0"),
+        (("compare", tmp_path / "none.json", rows), "cannot read"),
+        (("compare", rows, rows), "must hold rows that bench --json wrote"),
+        (("rms_norm", rows), "rms_norm must stand alone"),
+    ):
+        status, _, err = run(capsys, "bench", *arguments)
+        assert status == 2 and message in err
 
 
 def test_demo_on_a_tiny_model(capsys, tiny_model_directory, tmp_path):

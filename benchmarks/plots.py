@@ -1,0 +1,164 @@
+"""Plots of results: our speed beside the others', and each operator's place under the roofline. Readable in print."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from _rows import EAGER, ON_DEVICE, share
+
+MAX_GROUPS = 12  # of bars in one picture
+INK = ("#0b4f6c", "#7fb7d1", "#d98e04", "#8c8c8c", "#c8d5b9", "#6b3e75", "#e3b5a4", "#3d3d3d")  # apart in grey as well
+MARKERS = "osD^vP*X"
+HATCHES = ("", "//", "..", "xx", "", "\\\\", "--", "")
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.5})
+
+
+def draw(rows, folder, prefix):
+    """Draw what the rows of one device show, and return the files.
+
+    Args:
+        rows: Of one device; the device's time where there is one, else that of eager calls.
+        folder: Receives ``<prefix>_<picture>.png``; pictures of the same prefix that are there go first.
+        prefix: Of the file names.
+    """
+    timed = ON_DEVICE if any(row["timed"] == ON_DEVICE for row in rows) else EAGER
+    rows = [row for row in rows if row["timed"] == timed]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"{prefix}_*.png"):
+        path.unlink()
+    pictures = {"roofline": roofline(rows)}
+    for name, group in groups(rows).items():
+        pictures[name] = bars(group, name)
+    paths = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            paths.append(folder / f"{prefix}_{name}.png")
+            figure.savefig(paths[-1], dpi=160)
+            plt.close(figure)
+    return paths
+
+
+def groups(rows):
+    """Name of a picture to its rows: of one operator and that which adds a residual first, under the same ceiling."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["op"].removeprefix("add_"), under_operations(row)), []).append(row)
+    named = {}
+    for (op, by_operations), group in found.items():
+        both = (op, not by_operations) in found
+        name = f"{op}_memory" if both and not by_operations else op
+        group = sorted(group, key=lambda row: row["op"])
+        for first in range(0, len(group), MAX_GROUPS):
+            part = f"_{1 + first // MAX_GROUPS}" if len(group) > MAX_GROUPS else ""
+            named[name + part] = group[first : first + MAX_GROUPS]
+    return named
+
+
+def under_operations(row):
+    """Whether the operations of a row bound it, not its bytes."""
+    return row.get("share_of_matmul_rate") is not None
+
+
+def caption(rows):
+    """Device, versions and dates that the rows were made with, and how they were timed."""
+    about = rows[0]["environment"]
+    dates = sorted({row["environment"]["date"][:10] for row in rows})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{about['device']}, torch {about['torch']}, triton {about['triton'] or '-'}, {when}; {rows[0]['timed']}"
+
+
+def bars(rows, name):
+    """Operations or bytes per second of everybody, one group of bars a shape; the ceiling as a line."""
+    by_operations = under_operations(rows[0])
+    amount, unit, label = ("operations", 1e12, "TFLOP/s") if by_operations else ("bytes", 1e9, "GB/s")
+    candidates = ["fusedops", *dict.fromkeys(peer for row in rows for peer in row["peers"])]
+    height = 0.84 / len(candidates)
+    figure, axes = plt.subplots(figsize=(8.2, 0.9 + 0.16 * len(rows) * (len(candidates) + 1)), layout="constrained")
+    times = [{"fusedops": row["seconds"], **row["peers"]} for row in rows]
+    for place, candidate in enumerate(candidates):
+        there = [index for index, taken in enumerate(times) if candidate in taken]
+        speed = [rows[index][amount] / times[index][candidate] / unit for index in there]
+        where = [index + height * position(times[index], candidate, candidates) for index in there]
+        style = {"color": INK[place % len(INK)], "hatch": HATCHES[place % len(HATCHES)], "edgecolor": "white"}
+        drawn = axes.barh(where, speed, height, label=candidate, zorder=2, **style)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+        axes.bar_label(drawn, map(figure_of, speed), padding=2, fontsize=6.5, bbox=box)
+    key = "matmul_rate" if by_operations else "copy_bandwidth"
+    ceiling = rows[0].get(key)
+    if ceiling:
+        line = "TC*" if by_operations else "BW*"
+        axes.axvline(ceiling / unit, color="black", linewidth=1, linestyle="--", zorder=1)
+        axes.annotate(
+            f" {line} {ceiling / unit:.4g}", (ceiling / unit, 1), xycoords=("data", "axes fraction"), va="bottom"
+        )
+    axes.set_yticks(
+        range(len(rows)),
+        [f"{row['op']}\n{row['shape']}, {short(row['dtype'])}" for row in rows],
+        fontsize=7.5,
+    )
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(f"{label}, more is better")
+    figure.suptitle(f"{name.replace('_', ' ')}\n{caption(rows)}", fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=min(6, len(candidates)), fontsize=8, frameon=False)
+    return figure
+
+
+def position(taken, candidate, candidates):
+    """The place of a bar around the middle of its group, in which some candidates may be missing."""
+    there = [name for name in candidates if name in taken]
+    return there.index(candidate) - (len(there) - 1) / 2
+
+
+def short(dtype):
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8"}.get(dtype, dtype)
+
+
+def figure_of(value):
+    """Three digits or more."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def roofline(rows):
+    """Each operator's best row under what the device reaches; None where rows do not say what it reaches."""
+    rows = [row for row in rows if row.get("copy_bandwidth") and row["operations"]]
+    if not rows:
+        return None
+    bandwidth, rate = rows[0]["copy_bandwidth"], rows[0]["matmul_rate"]
+    best = {}
+    for row in rows:
+        key = row["op"], row["dtype"], under_operations(row)
+        if key not in best or reached(row) > reached(best[key]):
+            best[key] = row
+    places = [row["operations"] / row["bytes"] for row in best.values()]
+    low, high, knee = min([*places, 0.3]) / 2, max([*places, rate / bandwidth]) * 3, rate / bandwidth
+    figure, axes = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
+    axes.plot([low, knee, high], [low * bandwidth / 1e12, rate / 1e12, rate / 1e12], color="black", linewidth=1.2)
+    axes.annotate(f"TC* {rate / 1e12:.3g} TFLOP/s", (knee, rate / 1e12), xytext=(4, 4), textcoords="offset points")
+    axes.annotate(
+        f"BW* {bandwidth / 1e9:.4g} GB/s",
+        (knee / 20, rate / 2e13),
+        xytext=(-6, 0),
+        textcoords="offset points",
+        ha="right",
+    )
+    for index, (place, row) in enumerate(sorted(zip(places, best.values()), key=lambda pair: pair[0])):
+        label = f"{row['op']} {row['shape']} {short(row['dtype'])}: {share(row)}"
+        color, marker = INK[index % len(INK)], MARKERS[index % len(MARKERS)]
+        fill = color if index < len(MARKERS) else "none"  # no two alike
+        axes.plot(
+            place, row["operations"] / row["seconds"] / 1e12, marker, color=color, markerfacecolor=fill, markersize=6,
+            label=label,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.grid(True, which="major", linewidth=0.3)
+    figure.suptitle(f"Best row of each operator under the roofline\n{caption(rows)}", fontsize=8.5)
+    figure.legend(loc="outside right center", fontsize=7, frameon=False)
+    return figure
+
+
+def reached(row):
+    """The part of its ceiling."""
+    return row["share_of_matmul_rate"] if under_operations(row) else row["share_of_copy_bandwidth"]

@@ -1,0 +1,204 @@
+"""Results into words: write the tables of README.md and docs/performance.md from the rows in benchmarks/results/.
+
+    python benchmarks/report.py            # write the tables anew
+    python benchmarks/report.py --check    # exit status 1 where a table is not what the rows say
+    python benchmarks/report.py --plots    # draw docs/images/*.png of every GPU first (needs matplotlib)
+
+A table stands between two comments, ``<!-- results: NAME -->`` and ``<!-- results end -->``; the rest of a page is
+written by hand. Of rows about the same operator, shape, dtype and device the newest counts.
+"""
+
+import argparse
+import json
+import re
+import sys
+
+from _rows import EAGER, ON_DEVICE, ROOT, error, goal, microseconds, ratio, share
+
+RESULTS = ROOT / "benchmarks/results"
+PAGES = ROOT / "README.md", ROOT / "docs/performance.md"
+IMAGES = ROOT / "docs/images"
+BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- results end -->)", re.DOTALL)
+NOTHING = "No GPU has been measured yet, so there is no figure.\n"
+
+# What the README shows, on a GPU: (operator, shape, dtype)
+HEADLINES = (
+    ("attention", "4x4096x32/8x128 causal", "bfloat16"),
+    ("attention", "1x16384x32/8x128 causal", "bfloat16"),
+    ("attention", "4x4096x32/8x64 causal", "bfloat16"),
+    ("attention", "4x4096x16/4x256 causal", "bfloat16"),
+    ("attention", "4x4096x32/8x128 causal", "float8_e4m3fn"),
+    ("attention", "16x1:32768x32/8x128", "bfloat16"),
+    ("rms_norm", "8192x4096", "bfloat16"),
+    ("add_rms_norm", "8192x4096", "bfloat16"),
+    ("layer_norm", "8192x4096", "bfloat16"),
+    ("add_layer_norm", "8192x4096", "bfloat16"),
+    ("silu_mul", "8192x14336", "bfloat16"),
+    ("gelu_mul", "8192x14336", "bfloat16"),
+    ("rotary", "1x4096x32/8x128", "bfloat16"),
+    ("rms_norm", "1x4096", "bfloat16"),
+)
+
+
+def load(folder):
+    """The newest row of each operator, shape, dtype, way of timing and device, in the order of the files."""
+    rows = {}
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/rows.json")]):
+        for row in json.loads(path.read_text()):
+            key = row["environment"]["device"], row["op"], row["shape"], row["dtype"], row["timed"]
+            if key not in rows or rows[key]["environment"]["date"] <= row["environment"]["date"]:
+                rows[key] = row
+    return list(rows.values())
+
+
+def on_a_gpu(row):
+    return "capability" in row["environment"]
+
+
+def devices(rows):
+    """Device to its rows, GPUs first."""
+    found = {}
+    for row in sorted(rows, key=lambda row: not on_a_gpu(row)):
+        found.setdefault(row["environment"]["device"], []).append(row)
+    return found
+
+
+def runs(rows):
+    """The different environments of rows as text: everything that a figure depends on, and what the device reached."""
+    found = {}
+    for row in rows:
+        about = row["environment"]
+        parts = [about["device"]]
+        parts += [f"{about['threads']} threads"] if about.get("threads") else []
+        parts += [f"{name} {about[name]}" for name in ("driver", "torch", "triton") if about.get(name)]
+        parts += [f"commit {about['commit']}", about["date"][:10]]
+        found.setdefault(", ".join(parts), []).append(row)
+    return [line + ceilings([row for row in group if row.get("copy_bandwidth")]) for line, group in found.items()]
+
+
+def ceilings(rows):
+    """BW* and TC* of rows as text; several processes measured them several times."""
+    if not rows:
+        return ""
+    bandwidth = between([row["copy_bandwidth"] / 1e12 for row in rows], 2)
+    rate = between([row["matmul_rate"] / 1e12 for row in rows], 0)
+    return f"; BW\\* {bandwidth} TB/s, TC\\* {rate} TFLOP/s"
+
+
+def between(values, digits):
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def markdown(header, lines):
+    """A table; the first columns are text, and what `header` ends in ":" is a number."""
+    rule = ["---:" if name.endswith(":") else "---" for name in header]
+    rows = [[name.rstrip(":") for name in header], rule, *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def summary(rows):
+    """README's table: the headlines of every GPU that was measured, on the device's clock."""
+    text = ""
+    for found in devices([row for row in rows if on_a_gpu(row)]).values():
+        by_key = {(row["op"], row["shape"], row["dtype"]): row for row in found if row["timed"] == ON_DEVICE}
+        shown = [by_key[key] for key in HEADLINES if key in by_key]
+        lines = [headline(key, by_key.get(key)) for key in HEADLINES]
+        header = ("operator", "shape", "dtype", "µs:", "reached:", "fastest other", "µs:", "times as fast:", "error:")
+        text += "\n".join([markdown(header, lines), *(f"{line}.  " for line in runs(shown)), ""])
+    return text or NOTHING
+
+
+def headline(key, row):
+    """One line of the README's table; what was not measured stays blank."""
+    op, shape, dtype = key
+    if row is None:
+        return [f"`{op}`", shape, dtype, *[""] * 6]
+    best = row["peers"].get(row["best_peer"])
+    return [
+        f"`{op}`", shape, dtype, microseconds(row["seconds"]), share(row).replace("*", "\\*"),
+        row["best_peer"] or "none", microseconds(best), ratio(row), error(row),
+    ]  # fmt: skip
+
+
+def tables(rows):
+    """Every row of every device, each with all its peers."""
+    text = NOTHING + "\n" if not any(map(on_a_gpu, rows)) else ""
+    for device, found in devices(rows).items():
+        text += f"## {device}\n\n" + "".join(f"- {line}\n" for line in runs(found)) + "\n"
+        for path in sorted(IMAGES.glob(f"{slug(device)}_*.png")):
+            name = path.stem.removeprefix(slug(device)).strip("_").replace("_", " ")
+            text += f"![{name} on {device}](images/{path.name})\n\n"
+        for timed in (ON_DEVICE, EAGER):
+            lines = [line_of(row) for row in found if row["timed"] == timed]
+            if lines:
+                header = (
+                    "operator",
+                    "shape",
+                    "dtype",
+                    "µs:",
+                    "reached:",
+                    "goal",
+                    "error:",
+                    "others, by our time",
+                    "runs as",
+                )
+                text += f"{timed[0].upper()}{timed[1:]}:\n\n{markdown(header, lines)}\n"
+    return text
+
+
+def line_of(row):
+    """One line of the page's table, with every peer."""
+    others = [f"{name} {seconds / row['seconds']:.2f}" for name, seconds in row["peers"].items()]
+    others += [f"{name} left out" for name in row.get("peers_left_out", ())]
+    config = row["config"].replace("|", "\\|") if row["config"] else row["backend"]
+    return [
+        f"`{row['op']}`", row["shape"], row["dtype"], microseconds(row["seconds"]), share(row).replace("*", "\\*"),
+        goal(row), error(row), ", ".join(others) or "none", config,
+    ]  # fmt: skip
+
+
+def slug(device):
+    """A device's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
+def updated(text, rows):
+    """A page with its tables as the rows say.
+
+    Raises:
+        ValueError: the page has no table, or one of an unknown name.
+    """
+    makers = {"summary": summary, "tables": tables}
+    names = [name for _, name, _ in BLOCK.findall(text)]
+    if not names or set(names) - set(makers):
+        raise ValueError(f"report: a page must have tables named {' or '.join(makers)}, found {names}")
+    return BLOCK.sub(lambda found: found[1] + makers[found[2]](rows) + found[3], text)
+
+
+def main(argv=None):
+    """Write, or check, every page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page is stale")
+    parser.add_argument("--plots", action="store_true", help="draw the plots first")
+    args = parser.parse_args(argv)
+    rows = load(RESULTS)
+    if args.plots:
+        from plots import draw
+
+        for device, found in devices([row for row in rows if on_a_gpu(row)]).items():
+            for path in draw(found, IMAGES, slug(device)):
+                print(f"drew {path.relative_to(ROOT)}")
+    stale = 0
+    for page in PAGES:
+        text = page.read_text()
+        if (new := updated(text, rows)) != text:
+            stale += 1
+            print(f"{page.relative_to(ROOT)} {'is stale: run benchmarks/report.py' if args.check else 'written'}")
+            if not args.check:
+                page.write_text(new)
+    return int(args.check and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

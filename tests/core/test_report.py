@@ -1,0 +1,127 @@
+"""benchmarks/: every operator has its benchmark, and the pages' tables and plots say what the rows say."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DATE = "2026-01-02T03:04:05+00:00"
+
+
+@pytest.fixture
+def load_script(monkeypatch):
+    """Function that loads a script of benchmarks/ as a module."""
+
+    def load(name):
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def report(load_script):
+    return load_script("report")
+
+
+def row(op="rms_norm", shape="8192x4096", seconds=2e-4, date=DATE, timed="device time under a CUDA graph", **more):
+    """One row as a GPU would give it."""
+    environment = {
+        "device": "NVIDIA Test", "capability": "9.0", "driver": "1.2", "torch": "2.11.0", "triton": "3.6.0",
+        "commit": "abc1234", "date": date,
+    }  # fmt: skip
+    return {
+        "op": op, "shape": shape, "dtype": "bfloat16", "timed": timed, "backend": "triton",
+        "config": "Tile(a=1)", "config_source": "default",
+        "seconds": seconds, "low": seconds * 0.99, "high": seconds * 1.01, "bytes": 5e8, "operations": 1e9,
+        "peers": {"torch": 3e-4, "liger": 2.2e-4}, "peers_left_out": {"quack": "no"}, "best_peer": "liger",
+        "speedup": 2.2e-4 / seconds, "error": 1.7e-3, "goal_met": True, "copy_bandwidth": 3e12, "matmul_rate": 8e14,
+        "share_of_copy_bandwidth": 0.83, "share_of_matmul_rate": None, "environment": environment, **more,
+    }  # fmt: skip
+
+
+def test_every_operator_has_its_benchmark():
+    folders = {path.parent.name for path in (ROOT / "fusedops/ops").glob("*/__init__.py")}
+    assert folders == {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+
+
+def test_rows_say_what_their_figures_depend_on(report, load_script):
+    rows = load_script("_rows")
+    kept = report.load(ROOT / "benchmarks/results")
+    assert kept and [(one["op"], rows.missing(one)) for one in kept if rows.missing(one)] == []
+    assert rows.missing({**row(config_source=None), "seconds": "fast"}) == ["seconds"]
+    assert rows.missing({**row(), "environment": {"device": "x"}}) == ["torch", "triton", "commit", "date"]
+
+
+def test_pages_say_what_the_rows_say(report, capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_stale_page_is_noticed_and_written(report, monkeypatch, tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- results: summary -->\nold\n<!-- results end -->\nafter\n")
+    (tmp_path / "rows.json").write_text(json.dumps([row()]))
+    for name, value in (("ROOT", tmp_path), ("RESULTS", tmp_path), ("PAGES", (page,))):
+        monkeypatch.setattr(report, name, value)
+    assert report.main(["--check"]) == 1 and "old" in page.read_text()
+    assert "README.md is stale" in capsys.readouterr().out
+    assert report.main([]) == 0 and report.main(["--check"]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| `rms_norm` | 8192x4096 | bfloat16 | 200.0 | 83% BW\\* | liger | 220.0 | 1.10 | 1.7e-03 |" in text
+    assert "NVIDIA Test, driver 1.2, torch 2.11.0, triton 3.6.0, commit abc1234, 2026-01-02; BW\\* 3.00 TB/s" in text
+
+
+def test_what_was_not_measured_is_blank_and_without_a_gpu_the_table_says_so(report):
+    assert "| `rotary` | 1x4096x32/8x128 | bfloat16 |  |  |  |  |  |  |" in report.summary([row()])
+    cpu = row()
+    del cpu["environment"]["capability"]
+    assert report.summary([cpu]) == report.NOTHING and report.NOTHING in report.tables([cpu])
+
+
+def test_every_row_is_in_the_long_table_with_all_peers(report):
+    text = report.tables([row(), row(timed="wall time of eager calls", seconds=4e-4)])
+    assert "| 200.0 | 83% BW\\* | met | 1.7e-03 | torch 1.50, liger 1.10, quack left out | Tile(a=1) |" in text
+    assert "Wall time of eager calls:" in text and "| 400.0 |" in text
+
+
+def test_the_newest_row_counts(report, tmp_path):
+    newer = row(seconds=1e-4, date="2026-05-01T00:00:00+00:00")
+    (tmp_path / "a.json").write_text(json.dumps([newer]))
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "rows.json").write_text(json.dumps([row(), row(op="rotary")]))
+    rows = report.load(tmp_path)
+    assert [(r["op"], r["seconds"]) for r in rows] == [("rms_norm", 1e-4), ("rotary", 2e-4)]
+
+
+@pytest.mark.parametrize("page", ["no table", "<!-- results: nonsense -->\n<!-- results end -->"])
+def test_a_page_without_a_known_table_is_refused(report, page):
+    with pytest.raises(ValueError, match="must have tables named summary or tables"):
+        report.updated(page, [])
+
+
+def test_plots_are_drawn(load_script, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plots = load_script("plots")
+    (tmp_path / "gpu_gone.png").write_text("an operator that is no more")
+    prefill = row(op="attention", shape="4x4096", share_of_matmul_rate=0.8, operations=3e14)
+    paths = plots.draw([row(), row(op="add_rms_norm"), row(op="attention", shape="1:9"), prefill], tmp_path, "gpu")
+    names = {"gpu_roofline.png", "gpu_rms_norm.png", "gpu_attention.png", "gpu_attention_memory.png"}
+    assert {path.name for path in paths} == names == {path.name for path in tmp_path.iterdir()}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_rows_are_read_with_python_alone():
+    """What the gate itself imports must work beside a torch that is broken."""
+    code = "import sys; import _rows; print(sorted({'torch', 'fusedops', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
