@@ -32,6 +32,7 @@ def _clean_state():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_compile.py")  # the longest first, beside all others
     if not torch.cuda.is_available() and os.environ.get("GPU_TESTS_DRY_RUN") != "1":
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False")
         for item in items:

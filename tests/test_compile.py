@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from fusedops._core.cubin import CubinReport
 from fusedops._core.device import TARGETS
@@ -71,18 +72,23 @@ def cache_key(path, dtypes, targets):
 def compiled_rows(path, cache_folder, scratch, dtypes=DTYPES, targets=GATED_TARGETS):
     """The worker's rows for one Triton file, from the cache where nothing changed."""
     stored = Path(cache_folder) / f"{module_name(path)}-{cache_key(path, dtypes, targets)}.json"
-    if stored.exists():
-        return json.loads(stored.read_text())
+    with FileLock(stored.with_suffix(".lock")):  # of several test processes one compiles, the others wait
+        if not stored.exists():
+            partial = stored.with_suffix(f".{os.getpid()}")
+            partial.write_text(_compile(path, scratch, dtypes, targets))
+            partial.replace(stored)
+    return json.loads(stored.read_text())
+
+
+def _compile(path, scratch, dtypes, targets):
+    """What the worker prints about one Triton file."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(scratch)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-m", WORKER, module_name(path), ",".join(dtypes), ",".join(targets)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 0, f"the compile worker failed on {module_name(path)}:\n{ended.stderr[-3000:]}"
-    partial = stored.with_suffix(f".{os.getpid()}")
-    partial.write_text(ended.stdout)
-    partial.replace(stored)
-    return json.loads(ended.stdout)
+    return ended.stdout
 
 
 def kernels_defined(path):
