@@ -84,6 +84,25 @@ def _mask(part, rows, keys):
     return torch.where(hidden, _HIDES, _SHOWS if added is None else added)
 
 
+def plain_attention(
+    q, k, v, sinks, alibi_slopes, mask, q_scale, k_scale, v_scale, softmax_scale, causal, window_left, window_right,
+    softcap,
+):  # fmt: skip
+    """out and lse of the plainest float32 calls, as in decoding, where each argument weighs; None for others."""
+    if not (q.is_cpu and q.dtype is torch.float32):
+        return None
+    if not (sinks is alibi_slopes is mask is q_scale is k_scale is v_scale is None):
+        return None
+    if window_left >= 0 or window_right >= 0 or softcap != 0.0 or softmax_scale <= 0.0:
+        return None
+    (_, num_queries, _, dim), num_keys = q.shape, k.shape[1]
+    causal = causal and num_queries > 1
+    if (causal and num_queries != num_keys) or dim != v.shape[3] or not q.numel() or not k.numel():
+        return None
+    out, lse = _forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=softmax_scale)
+    return (out.transpose(1, 2).contiguous(), lse.contiguous()) if lse.all() else None
+
+
 def attention(q, k, v, options):
     """As `_run`, and where that leaves a doubt, what a NaN or infinity in the inputs does to each row by itself."""
     out, lse, doubtful = _run(q, k, v, options)
