@@ -122,7 +122,8 @@ def _mask_not_covered(mask, query, key, is_causal):
     if mask.requires_grad and torch.is_grad_enabled():
         return "a mask that requires a gradient"
     whole = (*query.shape[:-1], key.shape[-2])
-    if mask.dim() > len(whole) or any(size not in (1, wanted) for size, wanted in zip(mask.shape[::-1], whole[::-1])):
+    sizes = zip(mask.shape[::-1], whole[::-1])
+    if mask.dim() > len(whole) or any(size != 1 and size != wanted for size, wanted in sizes):  # `in` misleads dynamo
         return "a mask that does not broadcast"
     leading = mask.shape[:-3]
     if any(size != 1 for size in leading) and leading != query.shape[:-3]:

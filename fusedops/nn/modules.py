@@ -20,17 +20,8 @@ class RMSNorm(nn.RMSNorm):
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
 
-    def __init__(
-        self,
-        normalized_shape,
-        eps=None,
-        elementwise_affine=True,
-        device=None,
-        dtype=None,
-        *,
-        weight_offset=0.0,
-        rounding="once",
-    ):
+    def __init__(self, normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *,
+                 weight_offset=0.0, rounding="once"):
         self.weight_offset = float(weight_offset)
         self.rounding = rounding
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)

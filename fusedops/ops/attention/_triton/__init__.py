@@ -129,11 +129,12 @@ def config(op, device_limits, *args):
     reach = min(max_k, (max_k if left is None else left) + (max_k if right is None else right) + max_q)
     programs = _ceil_div(max_q * pack, tile.block_m) * (q.shape[-2] // pack) * batch
     splits = num_splits(tile, programs, _ceil_div(reach, tile.block_n), device_limits)
-    varlen = op == "attention_varlen"
-    if splits == 1 and hopper_launch.rejection(device_limits, q, k, v, varlen, max_q, left is not None, rest) is None:
-        plain = not varlen and left is None and all(rest[i] is None for i in (0, 3, 4, 5)) and rest[10] == 0.0
-        return hopper_launch.default(q.shape[-1], v.shape[-1], q.element_size(), plain)
-    return replace(tile, num_splits=splits)
+    hopper = None
+    if splits == 1:
+        hopper = hopper_launch.config(
+            device_limits, q, k, v, op == "attention_varlen", max_q, left is not None, rest
+        )  # fmt: skip
+    return hopper or replace(tile, num_splits=splits)
 
 
 def _bounds(max_q, max_k, causal, window_left, window_right):

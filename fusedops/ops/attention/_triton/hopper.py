@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fusedops.ops.attention._triton.hopper_parts import GROUP_M, Result, Scores, Tiles, Work
+from fusedops.ops.attention._triton.scores import LOG2E
 
 FIRST, SECOND, THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # warpgroups
-LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit

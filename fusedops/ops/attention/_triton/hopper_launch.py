@@ -76,6 +76,16 @@ def rejection(device_limits, q, k, v, varlen, max_q, left, options):
     return None
 
 
+def config(device_limits, q, k, v, varlen, max_q, left, options):
+    """The configuration of a call that the Hopper kernel takes, else None."""
+    if rejection(device_limits, q, k, v, varlen, max_q, left, options) is not None:
+        return None
+    sinks, _, _, *scales = options[:6]
+    softcap = options[10]
+    plain = not varlen and not left and softcap == 0.0 and all(t is None for t in (sinks, *scales))
+    return default(q.shape[-1], v.shape[-1], q.element_size(), plain)
+
+
 def _mappable(tensor):
     """Whether a tensor map can describe the tensor."""
     if tensor.numel() == 0 or tensor.data_ptr() % ALIGNMENT:
