@@ -26,7 +26,7 @@ _HOME = {
     "compare": "timing",
     "rotating": "timing",
 }
-_SUBMODULES = ("accuracy", "faults", "formats", "inputs", "interpreter", "strategies", "timing")
+_SUBMODULES = ("accuracy", "faults", "formats", "inputs", "interpreter", "ptx", "strategies", "timing")
 
 __all__ = [*_HOME, *_SUBMODULES]
 
