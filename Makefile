@@ -13,7 +13,7 @@ DEEP_TORCH ?=
 DEEP_BIN := .venv-deep/bin
 DEEP_PIP := $(DEEP_BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo test lint bench gpu docs deep clean
+.PHONY: help setup demo test emulate lint bench gpu docs deep clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -33,6 +33,9 @@ demo: setup ## watch a real language model answer through the fused operators
 
 test: setup ## all tests that need no GPU (2 processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+emulate: setup ## the tests that run compiled kernels on the CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m emulated $(ARGS)
 
 lint: setup ## style and unused code
 	$(BIN)/python -m ruff check .

@@ -11,6 +11,9 @@ from hypothesis import settings
 from fusedops import reset_counters
 from fusedops._core import env
 from fusedops.testing import interpreter
+from fusedops.testing.ptx import build
+
+EMULATED_SHARE = 6  # of so many examples one is emulated
 
 settings.register_profile("ci", derandomize=True, max_examples=25, deadline=None, database=None)
 settings.register_profile("deep", max_examples=1000, deadline=None)
@@ -31,8 +34,22 @@ def _clean_state():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _few_emulated_examples(request, monkeypatch):
+    """What is drawn is nearly always new to the compiler, and compiling takes longer than running."""
+    function = getattr(request, "function", None)
+    if request.node.get_closest_marker("emulated") and hasattr(function, "_hypothesis_internal_use_settings"):
+        few = settings(max_examples=settings.default.max_examples // EMULATED_SHARE)
+        monkeypatch.setattr(function, "_hypothesis_internal_use_settings", few)
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_compile.py")  # the longest first, beside all others
+    if build.missing() is not None:
+        skip = pytest.mark.skip(reason=build.missing())
+        for item in items:
+            if item.get_closest_marker("emulated"):
+                item.add_marker(skip)
     if not torch.cuda.is_available() and os.environ.get("GPU_TESTS_DRY_RUN") != "1":
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False")
         for item in items:

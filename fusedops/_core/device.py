@@ -2,9 +2,11 @@
 
 import functools
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from fusedops._core import env
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -49,8 +51,13 @@ TARGETS = {
     )
 }
 
-# The interpreter runs programs one after another: few of them keep its tests fast.
-INTERPRETER = DeviceLimits("Triton interpreter", "sm_90a", 4, 227 * KIB, 50 * MIB)
+# On a CPU programs run one after another: few of them keep tests fast.
+CPU_SM_COUNT = 4
+INTERPRETER = DeviceLimits("Triton interpreter", "sm_90a", CPU_SM_COUNT, 227 * KIB, 50 * MIB)
+EMULATED = {
+    arch: replace(TARGETS[arch], name=f"emulated {arch}", sm_count=CPU_SM_COUNT, bandwidth=None)
+    for arch in env.VARIABLES["FUSEDOPS_EMULATE_TARGET"][0]
+}
 
 MIN_CAPABILITY = 80  # what Triton supports
 
@@ -65,9 +72,9 @@ def cpu_name():
 
 
 def limits(device):
-    """The limits of a torch device; anything but CUDA stands for Triton's interpreter."""
+    """The limits of a torch device; anything but CUDA stands for the emulated GPU, or for Triton's interpreter."""
     if device.type != "cuda":
-        return INTERPRETER
+        return EMULATED[env.emulate_target()] if env.backend() == "emulate" else INTERPRETER
     return _cuda_limits(torch.cuda.current_device() if device.index is None else device.index)
 
 

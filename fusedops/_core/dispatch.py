@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import torch
 
-from fusedops._core import env
+from fusedops._core import emulation, env
 from fusedops._core.device import triton_rejection
 
 _CPU_ORDER = ("torch", "reference")
@@ -109,8 +109,12 @@ class Selector:
         raise RuntimeError(f"{self.name}: no implementation can run here ({reasons})")
 
     def _rejection(self, implementation, args, limits):
-        if implementation not in self.implementations:
+        if ("triton" if implementation == "emulate" else implementation) not in self.implementations:
             return "this operator has no such implementation"
+        if implementation == "emulate" and limits is None:
+            reason = emulation.rejection(args[0].device)
+            if reason is not None:
+                return reason
         if implementation in ("triton", "cuda") and limits is None:
             reason = triton_rejection(args[0].device)
             if reason is not None:
@@ -127,13 +131,17 @@ class Selector:
         loaded = self._loaded.get(implementation)
         if loaded is None:
             module = self.module(implementation)
-            loaded = getattr(module, self.name), getattr(module, "supports", None)
+            function = getattr(module, self.name)
+            if implementation == "emulate":
+                function = emulation.emulated(function)
+            loaded = function, getattr(module, "supports", None)
             self._loaded[implementation] = loaded
         return loaded
 
     def module(self, implementation):
-        """The module that holds an implementation."""
-        name = "reference" if implementation == "reference" else f"_{implementation}"
+        """The module that holds an implementation; what is emulated is the Triton one."""
+        names = {"reference": "reference", "emulate": "_triton"}
+        name = names.get(implementation, f"_{implementation}")
         return importlib.import_module(f"{self.package}.{name}")
 
 

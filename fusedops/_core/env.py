@@ -9,8 +9,9 @@ from pathlib import Path
 
 VARIABLES = {
     "FUSEDOPS_BACKEND": (
-        ("auto", "triton", "cuda", "torch", "reference"),
-        "Forces one implementation for every operator; one that cannot run raises with the reason.",
+        ("auto", "triton", "cuda", "torch", "reference", "emulate"),
+        "Forces one implementation for every operator; one that cannot run raises with the reason. `emulate` runs the "
+        "Triton kernels on CPU tensors as they are compiled for a GPU, instruction by instruction.",
     ),
     "FUSEDOPS_FALLBACK": (
         ("warn", "raise", "silent"),
@@ -19,6 +20,10 @@ VARIABLES = {
     "FUSEDOPS_VALIDATE": (
         ("1", "0", "2"),
         "0: only what prevents undefined behaviour; 1: every value known on the host; 2: values in device memory too.",
+    ),
+    "FUSEDOPS_EMULATE_TARGET": (
+        ("sm_90a", "sm_89", "sm_86", "sm_80"),
+        "The GPU that `FUSEDOPS_BACKEND=emulate` compiles for and takes its limits from, but for its size.",
     ),
     "FUSEDOPS_CACHE_DIR": (None, "Directory of everything that the library keeps between runs."),
 }
@@ -80,6 +85,11 @@ def override(name, value):
 def backend():
     """The implementation to use: "auto" or one name."""
     return _values.get("FUSEDOPS_BACKEND") or read("FUSEDOPS_BACKEND")
+
+
+def emulate_target():
+    """The GPU that emulated kernels are compiled for."""
+    return _values.get("FUSEDOPS_EMULATE_TARGET") or read("FUSEDOPS_EMULATE_TARGET")
 
 
 def fallback():

@@ -123,5 +123,6 @@ def _explanation(op, operator, args, limits):
         speed = f"{device_limits.bandwidth / 1e12:.2f} TB/s"
         bound = f"memory, {micros:.2f} us at {speed} ({device_limits.name}, data sheet)"
     if env.backend() != "auto":
-        rejected = [*rejected, ("others", f"FUSEDOPS_BACKEND={env.backend()}")]
+        target = f" for {device_limits.arch}" if backend == "emulate" else ""
+        rejected = [*rejected, ("others", f"FUSEDOPS_BACKEND={env.backend()}{target}")]
     return Explanation(op, backend, tuple(rejected), config, source, num_bytes, operations, bound)

@@ -41,6 +41,7 @@ def run(args):
         _driver(),
         *_gpus(),
         _compiler(),
+        _emulator(),
         *_variables(),
         _cache(),
         *_operators(),
@@ -124,6 +125,19 @@ def _compiler():
     )
 
 
+def _emulator():
+    """Whether compiled kernels can be run on the CPU here."""
+    import torch
+
+    from fusedops._core import emulation
+    from fusedops.testing.ptx import build
+
+    reason = emulation.rejection(torch.device("cpu"))
+    if reason is not None:
+        return Check("emulator", ABSENT, reason)
+    return Check("emulator", OK, f"compiled with {build.compiler()} at first use")
+
+
 def _variables():
     """Every variable of ours that is set, and whether it means something."""
     checks = []
@@ -187,6 +201,8 @@ def _operator(name, place):
         return Check(name, BROKEN, f"{explanation.backend} disagrees with the reference: {difference}")
     if explanation.backend in ("triton", "cuda"):
         return Check(name, OK, f"fused, {explanation.backend}")
+    if explanation.backend == "emulate":
+        return Check(name, OK, f"fused, compiled for {env.emulate_target()} and emulated")
     reasons = [f"{implementation}: {reason}" for implementation, reason in explanation.rejected]
     why = "; ".join(reasons) or triton_rejection(place) or "chosen for this call"
     return Check(name, OK, f"not fused, {explanation.backend} ({why})")

@@ -1,7 +1,8 @@
 """What GPU tests share: the device, the truth on it, and a dry run, in which the interpreter takes the GPU's place.
 
 With GPU_TESTS_DRY_RUN=1 the same tests run on tiny shapes without a GPU, so that a mistake in them shows before one is
-at hand; what only a GPU can show (graphs, streams, large memory) is then left out.
+at hand; what only a GPU can show (graphs, streams, large memory) is then left out. A kernel that the interpreter cannot
+run is emulated instead, without being asked for.
 """
 
 import os
@@ -13,7 +14,7 @@ from fusedops._core.explain import operator_call
 from tests.ops.common import as_tuple
 
 DRY_RUN = os.environ.get("GPU_TESTS_DRY_RUN") == "1"
-DEVICE = "cpu" if DRY_RUN else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu"
 
 needs_gpu = pytest.mark.skipif(DRY_RUN, reason="needs a GPU: this is a dry run")
 

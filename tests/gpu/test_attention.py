@@ -36,9 +36,9 @@ def lse_budget(q):
     return Budget(rms=8 * q.shape[-1], peak=32 * q.shape[-1]) if q.dtype == FP8 else None
 
 
-def check(function, *args, **options):
+def check(function, *args, by="triton", **options):
     """Compare out and lse with float64, and two calls with each other, bit by bit."""
-    with using("triton"):
+    with using(by):
         out, lse = function(*args, return_lse=True, **options)
         again = function(*args, return_lse=True, **options)
     wanted_out, wanted_lse = truth(function, *args, **options)

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -13,16 +14,23 @@ from fusedops.testing import Budget
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 IMPLEMENTATIONS = ("torch", "triton", "reference")
 FUSED = ("torch", "triton")
+EMULATED_TARGETS = ("sm_80", "sm_90a")
+EMULATED = tuple(pytest.param(f"emulate-{target}", marks=pytest.mark.emulated) for target in EMULATED_TARGETS)
+EVERY_KERNEL = pytest.mark.parametrize("implementation", ["triton", *EMULATED])
 
 
 @contextlib.contextmanager
 def using(implementation):
-    """Force one implementation, and fail unless it is the one that ran."""
+    """Force one implementation, and fail unless it is the one that ran. Of an emulated one the target stands behind."""
     before = counters()
-    with env.override("FUSEDOPS_BACKEND", implementation):
+    backend, _, target = implementation.partition("-")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(env.override("FUSEDOPS_BACKEND", backend))
+        if target:
+            stack.enter_context(env.override("FUSEDOPS_EMULATE_TARGET", target))
         yield
     ran = {name for (_, name), calls in counters().items() if calls > before.get((_, name), 0)}
-    assert ran == {implementation}, f"expected {implementation} alone to run, got {ran}"
+    assert ran == {backend}, f"expected {backend} alone to run, got {ran}"
 
 
 def opcheck(name, *args):

@@ -9,7 +9,7 @@ from fusedops import attention
 from fusedops.ops.attention import reference
 from fusedops.testing import assert_accurate, make_tensor
 from tests.ops.attention_problems import EVERY_OPTION, FEATURES, Problem, problems, qkv
-from tests.ops.common import DTYPES, counted_budget, gradients, using
+from tests.ops.common import DTYPES, EVERY_KERNEL, counted_budget, gradients, using
 
 EPSILON = torch.finfo(torch.float32).eps
 MANY = 4 * settings.default.max_examples  # times four sets of features: 400 cases of each dtype in the interpreter
@@ -28,13 +28,14 @@ def test_accuracy(implementation, dtype, features, data):
         problem.check(*problem.run())
 
 
+@EVERY_KERNEL
 @SETS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=MANY)
 @given(data=st.data())
-def test_accuracy_of_the_kernels(dtype, features, data):
+def test_accuracy_of_the_kernels(implementation, dtype, features, data):
     problem = data.draw(problems(dtype, features, max_pairs=2000))
-    with using("triton"):
+    with using(implementation):
         problem.check(*problem.run())
 
 

@@ -17,7 +17,7 @@ from fusedops.testing.faults import Fault
 from fusedops.testing.inputs import huge_stride_rows
 from tests.ops.attention_gradients import Gradients
 from tests.ops.attention_problems import FEATURES, Problem, packed_lengths, packed_problems, problems, qkv
-from tests.ops.common import DTYPES, gradients, using
+from tests.ops.common import DTYPES, EVERY_KERNEL, gradients, using
 
 INF, NAN = float("inf"), float("nan")
 SETS = pytest.mark.parametrize("features", [(name,) for name in FEATURES[1:]] + [FEATURES], ids="+".join)
@@ -38,14 +38,15 @@ def force_tiles(monkeypatch, two_passes=False):
 # ---- accuracy
 
 
+@EVERY_KERNEL
 @EVERY_DTYPE
 @pytest.mark.parametrize("features", [("bounds", "scores"), FEATURES], ids="+".join)
 @given(data=st.data())
-def test_gradients(dtype, features, data):
+def test_gradients(implementation, dtype, features, data):
     problem = data.draw(problems(dtype, features, max_pairs=1000, head_dims=(8, 16, 40, 64), hot=False))
     layout = data.draw(strategies.layouts(4))
     drawn = Gradients.draw(problem, data.draw(strategies.seeds()), data.draw(st.booleans()), layout)
-    with using("triton"):
+    with using(implementation):
         found = drawn.run_backward()
     drawn.check(found)
 
@@ -149,8 +150,9 @@ def test_a_sink_of_minus_infinity_is_none():
     assert all(torch.equal(a, b) for a, b in zip(found[:3], expected)) and torch.equal(found[3], torch.zeros(2))
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("empty", ["first", "middle", "last", "all"])
-def test_zero_lengths(empty):
+def test_zero_lengths(implementation, empty):
     """B09: sequences without queries or without keys (Dao-AILab/flash-attention#2562, #2421, #1713)."""
     none, some = [(0, 5), (4, 0), (0, 0)], [(7, 9), (20, 17)]
     pairs = {"first": none + some, "middle": [some[0], *none, some[1]], "last": some + none, "all": none}[empty]
@@ -158,7 +160,7 @@ def test_zero_lengths(empty):
     q, k, v = (t[0] for t in qkv(1, *totals, seed=1))
     sinks = torch.tensor([0.5, -1.0])
     drawn = Gradients.draw(Problem(q, k, v, {"causal": True, "sinks": sinks}, packed_lengths(pairs)))
-    with using("triton"):
+    with using(implementation):
         found = drawn.run()
     for result, wanted in zip(found, drawn.truth(), strict=True):
         torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-6)

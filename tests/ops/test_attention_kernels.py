@@ -16,7 +16,7 @@ from fusedops.ops.attention._triton import scores
 from fusedops.testing import assert_accurate, make_tensor
 from fusedops.testing.inputs import huge_stride_rows
 from tests.ops.attention_problems import Problem, packed_lengths, packed_problems, problems, qkv
-from tests.ops.common import DTYPES, using
+from tests.ops.common import DTYPES, EMULATED, EVERY_KERNEL, using
 
 LSE_EMPTY = float("-inf")
 EVERYTHING = ("bounds", "scores", "masks")
@@ -85,14 +85,15 @@ def test_the_last_pair_that_counts(options):
 # ---- splits of the keys
 
 
+@EVERY_KERNEL
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("number", [2, 3, 7])
-def test_any_number_of_splits(monkeypatch, number, name):
+def test_any_number_of_splits(implementation, monkeypatch, number, name):
     """B03, B04: splits without a visible key (flashinfer-ai/flashinfer#4051, vllm-project/vllm#49294)."""
     problem = Problem(*qkv(1, 5, 50, heads=4, kv_heads=2), OPTIONS[name])
     force_splits(monkeypatch, number)
-    with using("triton"):
+    with using(implementation):
         out, lse = problem.run()
         again = problem.run()
     problem.check(out, lse)
@@ -111,28 +112,30 @@ def test_no_visible_key_in_any_split(monkeypatch, number, mask):
     assert not sunk.any() and torch.allclose(sunk_lse, torch.tensor([1.5, -2.0])[None, :, None].expand(1, 2, 4))
 
 
-def test_hot_scores_lose_nothing_between_splits(monkeypatch):
+@EVERY_KERNEL
+def test_hot_scores_lose_nothing_between_splits(implementation, monkeypatch):
     """Scores of several hundred: the parts are joined by their maxima, never by a rounded lse."""
     q, k, v = qkv(1, 1, 64, head_dim=64)
     problem = Problem(q * 12, k * 12, v)
     force_tile(monkeypatch, block_n=16)
     force_splits(monkeypatch, 4)
-    with using("triton"):
+    with using(implementation):
         problem.check(*problem.run())
 
 
 # ---- merge
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge(dtype):
+def test_merge(implementation, dtype):
     """B03: two empty states give an empty one; what an empty state holds is not looked at."""
     outs = [make_tensor((2, 5, 3, 24), dtype, seed=seed, layout="padded") for seed in (0, 1)]
     lses = [make_tensor((2, 3, 5), torch.float32, seed=seed, magnitude=20.0) for seed in (2, 3)]
     lses[0][0, :, :3] = LSE_EMPTY
     lses[1][0, :, 2:] = LSE_EMPTY
     outs[0][0, :3] = float("nan")
-    with using("triton"):
+    with using(implementation):
         out, lse = merge_attention(outs[0], lses[0], outs[1], lses[1])
     doubles = (t.double() for pair in zip(outs, lses) for t in pair)
     truth, lse_truth = reference.merge_attention(*doubles)
@@ -363,9 +366,10 @@ def test_scales_that_do_not_keep_the_order(softmax_scale):
 # ---- float8
 
 
+@pytest.mark.parametrize("implementation", ["triton", EMULATED[-1]])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("number", [1, 2])
-def test_float8(monkeypatch, number, scaled):
+def test_float8(implementation, monkeypatch, number, scaled):
     q, k, v = (t.to(torch.float8_e4m3fn) for t in qkv(2, 5, 70, heads=4, kv_heads=2, head_dim=40))
     options = {"causal": True, "softcap": 4.0}
     if scaled:
@@ -373,7 +377,7 @@ def test_float8(monkeypatch, number, scaled):
                     for name, rows, heads in (("q_scale", 2, 4), ("k_scale", 1, 2), ("v_scale", 2, 2))}  # fmt: skip
     force_splits(monkeypatch, number)
     problem = Problem(q, k, v, options)
-    with using("triton"):
+    with using(implementation):
         out, lse = problem.run()
     assert out.dtype == torch.bfloat16
     doubles = problem.positional(torch.Tensor.double)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from fusedops import attention, merge_attention
 from fusedops.testing import assert_accurate
 from tests.ops.attention_problems import ALL_OPTIONS, EVERY_OPTION, FEATURES, Problem, problems, qkv
-from tests.ops.common import DTYPES, FUSED, IMPLEMENTATIONS, using
+from tests.ops.common import DTYPES, EMULATED, FUSED, IMPLEMENTATIONS, using
 
 INF, NAN = float("inf"), float("nan")
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+EMULATED_TOO = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 DECODING = [name for name in ALL_OPTIONS if name != "window"]  # a key to the right is not there yet when decoding
 
 
@@ -63,7 +64,7 @@ def test_hidden_keys_change_nothing(implementation, hidden, bad):
     assert_same([found[0][:, rows], found[1][..., rows]], [wanted[0][:, rows], wanted[1][..., rows]])
 
 
-@EVERY_IMPLEMENTATION
+@EMULATED_TOO
 @pytest.mark.parametrize("hidden", ["past the causal end", "before the window", "bool", "additive"])
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_unseen_values_change_nothing(implementation, hidden, bad):
@@ -86,7 +87,7 @@ def test_unseen_values_change_nothing(implementation, hidden, bad):
         assert_same(run(q, k, spoiled, **options), run(q, k, v, **options))
 
 
-@EVERY_IMPLEMENTATION
+@EMULATED_TOO
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_visible_nan_damages_its_own_rows_alone(implementation, dtype):
     q, k, v = qkv(2, 37, 37, dtype=dtype, seed=5)

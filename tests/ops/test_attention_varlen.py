@@ -9,10 +9,11 @@ from fusedops import attention, attention_varlen, merge_attention
 from fusedops.ops.attention import reference
 from fusedops.testing import assert_accurate, make_tensor, strategies
 from tests.ops.attention_problems import ALL_OPTIONS, EVERY_OPTION, Problem, packed_lengths, packed_problems, qkv
-from tests.ops.common import DTYPES, FUSED, IMPLEMENTATIONS, gradients, using
+from tests.ops.common import DTYPES, EMULATED, FUSED, IMPLEMENTATIONS, gradients, using
 
 INF, NAN = float("inf"), float("nan")
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+EMULATED_TOO = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 
 
 def packed(pairs, heads=2, kv_heads=1, head_dim=16, dtype=torch.float32, seed=0, **options):
@@ -25,7 +26,7 @@ def packed(pairs, heads=2, kv_heads=1, head_dim=16, dtype=torch.float32, seed=0,
 # ---- accuracy
 
 
-@EVERY_IMPLEMENTATION
+@EMULATED_TOO
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
 def test_accuracy(implementation, dtype, data):
@@ -66,7 +67,7 @@ def test_each_sequence_is_attention_of_its_own(implementation, options):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@EVERY_IMPLEMENTATION
+@EMULATED_TOO
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=2 * settings.default.max_examples)
 @given(data=st.data())

@@ -16,6 +16,8 @@ from fusedops.testing.faults import argument_faults, standard_faults
 from fusedops.testing.inputs import huge_stride_rows, special_values
 from tests.ops.common import (
     DTYPES,
+    EMULATED,
+    EVERY_KERNEL,
     FUSED,
     IMPLEMENTATIONS,
     assert_compiles,
@@ -81,7 +83,7 @@ def operands(draw, dtypes=DTYPES, **sizes):
 # ---- accuracy
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @given(tensors=operands())
 def test_accuracy(activation, implementation, tensors):
@@ -97,17 +99,18 @@ def test_equal_to_the_composition_bitwise_on_the_cpu(activation, tensors):
         assert torch.equal(gated(activation, *tensors), composition(activation, *tensors))
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_constant_to_the_last_digit(activation):
+def test_every_constant_to_the_last_digit(implementation, activation):
     """Element by element, where the default budget looks at the largest."""
     gate = torch.linspace(-3, 3, 2001)
     up = torch.ones_like(gate)
-    with using("triton"):
+    with using(implementation):
         out = gated(activation, gate, up)
     torch.testing.assert_close(out, call(activation, "", gate, up).float(), rtol=1e-6, atol=4e-7)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @given(tensors=operands(min_rows=1, min_n=8), seed=strategies.seeds())
 def test_gradients(activation, implementation, tensors, seed):
@@ -116,7 +119,7 @@ def test_gradients(activation, implementation, tensors, seed):
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     with using(implementation):
         dgate, dup = torch.autograd.grad(gated(activation, *leaves), leaves, grad)
-        if implementation == "triton":  # the rounded activation is what up was multiplied by
+        if implementation not in ("torch", "reference"):  # the rounded activation is what up was multiplied by
             assert torch.equal(dup, gated(activation, gate, grad))
     expected = call(activation, "_backward", grad, gate, up)
     check(activation, dup, gate, grad, expected[1], "dup")
@@ -126,7 +129,7 @@ def test_gradients(activation, implementation, tensors, seed):
     assert_accurate(dgate, expected[0], budget=budget, name="dgate", zeros=False)
 
 
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 2047), (3, 2048), (3, 2049), (1, 16385)])
 def test_sizes_around_a_tile(implementation, dtype, shape):
@@ -151,7 +154,7 @@ def test_reference_gradcheck(activation):
 # ---- properties
 
 
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_gates(dtype, activation, implementation):
@@ -168,7 +171,7 @@ def test_special_gates(dtype, activation, implementation):
             assert result == value  # torch's own vector code has inf or NaN here in some dtypes
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @given(tensors=operands(), exponent=st.integers(-3, 3))
 def test_out_is_linear_in_up(activation, implementation, tensors, exponent):
@@ -179,13 +182,14 @@ def test_out_is_linear_in_up(activation, implementation, tensors, exponent):
         assert torch.equal(gated(activation, gate, -up), -out)
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @given(tensors=operands(min_rows=1))
-def test_layout_and_neighbours_do_not_matter(activation, tensors):
+def test_layout_and_neighbours_do_not_matter(implementation, activation, tensors):
     """A strided view and an element alone give the same bits (torch's vector and scalar code may differ by one)."""
     gate, up = tensors
     before = gate.clone(), up.clone()
-    with using("triton"):
+    with using(implementation):
         out = gated(activation, gate, up)
         copied = gated(activation, gate.contiguous(), up.contiguous())
         alone = gated(activation, gate.reshape(-1)[-1:], up.reshape(-1)[-1:])
@@ -194,7 +198,7 @@ def test_layout_and_neighbours_do_not_matter(activation, tensors):
     assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
 
 
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 @pytest.mark.parametrize("last_offset", [2**31 - 1, 2**31, 2**31 + 1])
 def test_offsets_beyond_int32(implementation, last_offset):
     """B12, B16, B17: triton-lang/triton#832: rows more than 2**31 elements apart, read and written."""
@@ -210,7 +214,7 @@ def test_offsets_beyond_int32(implementation, last_offset):
     assert torch.equal(far, expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (2, 0), (0,)])
 def test_empty(implementation, activation, shape):
@@ -221,7 +225,7 @@ def test_empty(implementation, activation, shape):
     assert out.shape == grads[0].shape == grads[1].shape == shape
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_out(activation, implementation):
     """`out` may be fresh memory, strided memory, gate or up itself, a half of the packed input too."""
@@ -238,7 +242,7 @@ def test_out(activation, implementation):
             assert torch.equal(tensors[1 - position], (gate, up)[1 - position])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 def test_more_strides_than_two(implementation):
     """A layout that needs three row strides goes through copies."""
     tensors = (make_tensor((2, 3, 4, 20), torch.float32, seed=i) for i in range(3))

@@ -13,6 +13,7 @@ from fusedops.testing.faults import argument_faults, option_fault, standard_faul
 from fusedops.testing.inputs import huge_stride_rows
 from tests.ops.common import (
     DTYPES,
+    EMULATED,
     FUSED,
     IMPLEMENTATIONS,
     assert_compiles,
@@ -45,7 +46,7 @@ def check(implementation, out, h, weight, bias, eps):
     """
     expected = truth(h, weight, bias, eps)
     budget = None
-    if implementation != "triton":
+    if implementation in ("torch", "reference"):
         mean = h.double().mean(-1, keepdim=True)
         rstd = ((h.double() - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
         scale = torch.ones(h.shape[-1]) if weight is None else weight.double().abs()
@@ -56,7 +57,7 @@ def check(implementation, out, h, weight, bias, eps):
 # ---- accuracy
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(
     shape=strategies.row_shapes(6, 300, min_n=2),
     dtype=strategies.dtypes(),
@@ -76,7 +77,7 @@ def test_layer_norm(implementation, shape, dtype, wide_weight, layout, magnitude
         check(implementation, out, x, *given_parameters, eps)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(
     shape=strategies.row_shapes(6, 300, min_n=2),
     dtype=strategies.dtypes(),
@@ -100,7 +101,7 @@ def test_add_layer_norm(implementation, shape, dtype, has_bias, layout, magnitud
 
 @pytest.mark.parametrize("n", LONG)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 def test_long_rows(implementation, dtype, n):
     x, residual = (make_tensor((2, n), dtype, seed=i) for i in range(2))
     weight, bias = parameters(n, dtype, 2)
@@ -114,7 +115,7 @@ def test_long_rows(implementation, dtype, n):
 
 @pytest.mark.parametrize("n", [3, 100, 4096, 20000, 65536])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 def test_large_mean(implementation, dtype, n):
     """1000 + noise, and a long row whose first block lies elsewhere than the rest: no variance by E[x^2] - E[x]^2."""
     noise = make_tensor((3, n), dtype, seed=0)
@@ -130,7 +131,7 @@ def test_large_mean(implementation, dtype, n):
 # ---- properties
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(shape=strategies.row_shapes(4, 100, min_rows=1, min_n=2), exponent=st.integers(-8, 8), seed=strategies.seeds())
 def test_scaling_by_a_power_of_two_changes_nothing(implementation, shape, exponent, seed):
     x = make_tensor(shape, torch.float32, seed=seed)
@@ -139,7 +140,7 @@ def test_scaling_by_a_power_of_two_changes_nothing(implementation, shape, expone
         assert torch.equal(layer_norm(x, weight, bias, 0.0), layer_norm(x * 2.0**exponent, weight, bias, 0.0))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 def test_small_rows_are_divided_by_the_root_of_eps(implementation):
     x = make_tensor((3, 40), torch.float32, seed=0, magnitude=2.0**-40)
     x = torch.cat([x, -x], -1)  # of mean zero
@@ -149,7 +150,7 @@ def test_small_rows_are_divided_by_the_root_of_eps(implementation):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 3, 100, 20000])
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 def test_equal_elements_give_the_bias(implementation, n, dtype):
     """What rounding leaves of x - mean is at most two epsilons of float32, times 1 / sqrt(eps)."""
     bias = make_tensor((n,), dtype, seed=0)
@@ -160,7 +161,7 @@ def test_equal_elements_give_the_bias(implementation, n, dtype):
             torch.testing.assert_close(layer_norm(x, None, bias), bias.expand(2, n), atol=bound, rtol=0.0)
 
 
-@pytest.mark.parametrize("implementation", FUSED)  # the reference promises values, not bits
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])  # the reference promises values, not bits
 @given(
     shape=strategies.row_shapes(6, 150, min_rows=1),
     dtype=strategies.dtypes(),
@@ -184,7 +185,7 @@ def test_layout_and_neighbours_do_not_matter(implementation, shape, dtype, layou
     assert torch.equal(among[1:-1], out.reshape(rows.shape)) and among[0].isnan().all() and among[-1].isnan().all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("n, position", [(8, 5), (20000, 3), (20000, 19999)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_element_without_a_value_spoils_its_row_alone(implementation, n, position, value):
@@ -195,7 +196,7 @@ def test_one_element_without_a_value_spoils_its_row_alone(implementation, n, pos
         assert torch.equal(out[0], layer_norm(x[0], None)) and out[1].isnan().all()
 
 
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 @pytest.mark.parametrize("last_offset", [2**31 - 1, 2**31, 2**31 + 1])
 def test_offsets_beyond_int32(implementation, last_offset):
     """B12, B16, B17: triton-lang/triton#832: rows more than 2**31 elements apart, in either direction."""
@@ -211,7 +212,7 @@ def test_offsets_beyond_int32(implementation, last_offset):
     assert all(torch.equal(a, b) for a, b in zip(grads, near, strict=True))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (2, 0), (0,)])
 def test_empty(implementation, shape):
     x, weight, bias = torch.empty(shape), torch.ones(shape[-1]), torch.ones(shape[-1])
@@ -224,7 +225,7 @@ def test_empty(implementation, shape):
 
 
 @pytest.mark.parametrize("n", [20, 20000])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 def test_out(implementation, n):
     """`out` may be fresh memory, strided memory or x itself."""
     x = make_tensor((3, n), torch.float32, seed=0)
@@ -238,7 +239,7 @@ def test_out(implementation, n):
     assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 def test_more_strides_than_two(implementation):
     """A layout that needs three row strides goes through copies and gives the same bits."""
     x = make_tensor((2, 3, 4, 20), torch.float32, seed=0).permute(2, 0, 1, 3)[:, :, ::2]

@@ -9,7 +9,7 @@ from fusedops._core.register import operators
 from fusedops.ops.layer_norm import add_layer_norm, layer_norm, reference
 from fusedops.testing import Fault, assert_accurate, assert_faults_rejected, make_tensor, strategies
 from fusedops.testing.faults import argument_faults, standard_faults
-from tests.ops.common import FUSED, IMPLEMENTATIONS, gradients, using
+from tests.ops.common import EMULATED, EVERY_KERNEL, FUSED, IMPLEMENTATIONS, gradients, using
 
 
 def parameters(n, dtype, seed):
@@ -20,7 +20,7 @@ def truth(x, weight, bias):
     return reference.layer_norm(x, weight, bias, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(
     shape=strategies.row_shapes(6, 200, min_rows=1, min_n=16),
     dtype=strategies.dtypes(),
@@ -52,7 +52,7 @@ def test_gradients(implementation, shape, dtype, layout, eps, seed):
 
 
 @pytest.mark.parametrize("absent", ["weight", "bias", "both"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 def test_gradients_without_parameters(implementation, absent):
     x, grad = (make_tensor((5, 40), torch.float32, seed=i) for i in range(2))
     weight, bias = parameters(40, torch.float32, 2)
@@ -67,7 +67,7 @@ def test_gradients_without_parameters(implementation, absent):
 
 
 @pytest.mark.parametrize("n", [4096, 4097, 20000])
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 def test_gradients_of_long_rows(implementation, n):
     """Both ways of the backward kernel; more rows than programs, so that partial sums are really joined."""
     x, grad = (make_tensor((11, n), torch.float32, seed=i) for i in range(2))
@@ -81,12 +81,13 @@ def test_gradients_of_long_rows(implementation, n):
         assert torch.equal(result, repeated)
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("n", [77, 20000])
-def test_gradients_with_a_large_mean(n):
+def test_gradients_with_a_large_mean(implementation, n):
     """The backward kernel finds the deviation from centred values too."""
     x, grad = make_tensor((5, n), torch.float32, seed=0) + 1000, make_tensor((5, n), torch.float32, seed=1)
     leaves = (x, *parameters(n, torch.float32, 2))
-    with using("triton"):
+    with using(implementation):
         found = gradients(layer_norm, leaves, grad)
     expected = gradients(truth, [t.double() for t in leaves], grad.double())
     for result, wanted in zip(found, expected, strict=True):

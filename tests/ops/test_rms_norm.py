@@ -13,6 +13,7 @@ from fusedops.testing.faults import argument_faults, option_fault, standard_faul
 from fusedops.testing.inputs import huge_stride_rows
 from tests.ops.common import (
     DTYPES,
+    EMULATED,
     FUSED,
     IMPLEMENTATIONS,
     assert_compiles,
@@ -44,7 +45,7 @@ def truth_residual(x, residual, weight, **options):
 # ---- accuracy
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(
     shape=strategies.row_shapes(6, 300),
     dtype=strategies.dtypes(),
@@ -65,7 +66,7 @@ def test_rms_norm(implementation, shape, dtype, wide_weight, layout, magnitude, 
     assert_accurate(bare, truth(x, None, **options))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(
     shape=strategies.row_shapes(6, 300),
     dtype=strategies.dtypes(),
@@ -90,7 +91,7 @@ def test_add_rms_norm(implementation, shape, dtype, layout, magnitude, options, 
 
 @pytest.mark.parametrize("n", [1, 16384, 16385, 65536])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 def test_long_rows(implementation, dtype, n):
     """Both sides of the longest row that one program holds, and MAX_N."""
     x, residual, weight = (make_tensor((2, n), dtype, seed=i) for i in range(3))
@@ -103,7 +104,7 @@ def test_long_rows(implementation, dtype, n):
     assert_accurate(plain, truth(x, weight, eps=1e-6))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(
     shape=strategies.row_shapes(6, 200, min_rows=1, min_n=16),
     dtype=strategies.dtypes(),
@@ -135,7 +136,7 @@ def test_gradients(implementation, shape, dtype, layout, options, seed):
 
 
 @pytest.mark.parametrize("n", [4096, 4097, 20000])
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 def test_gradients_of_long_rows(implementation, n):
     """Both ways of the backward kernel; more rows than programs, so that partial sums are really joined."""
     x, grad = (make_tensor((11, n), torch.float32, seed=i) for i in range(2))
@@ -159,7 +160,7 @@ def test_reference_gradcheck():
 # ---- properties
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(shape=strategies.row_shapes(4, 100, min_rows=1), exponent=st.integers(-8, 8), seed=strategies.seeds())
 def test_scaling_by_a_power_of_two_changes_nothing(implementation, shape, exponent, seed):
     x, weight = make_tensor(shape, torch.float32, seed=seed), make_tensor(shape[-1:], torch.float32, seed=seed + 1)
@@ -167,7 +168,7 @@ def test_scaling_by_a_power_of_two_changes_nothing(implementation, shape, expone
         assert torch.equal(rms_norm(x, weight, 0.0), rms_norm(x * 2.0**exponent, weight, 0.0))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 def test_small_rows_are_divided_by_the_root_of_eps(implementation):
     x, weight = make_tensor((3, 40), torch.float32, seed=0, magnitude=2.0**-40), torch.ones(40)
     with using(implementation):
@@ -175,7 +176,7 @@ def test_small_rows_are_divided_by_the_root_of_eps(implementation):
         assert torch.equal(rms_norm(torch.zeros(2, 8), torch.ones(8)), torch.zeros(2, 8))
 
 
-@pytest.mark.parametrize("implementation", FUSED)  # the reference promises values, not bits
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])  # the reference promises values, not bits
 @given(
     shape=strategies.row_shapes(6, 150, min_rows=1),
     dtype=strategies.dtypes(),
@@ -210,7 +211,7 @@ def test_equal_to_hugging_face_llama_bitwise(dtype):
         assert torch.equal(rms_norm(x, module.weight.detach(), 1e-5, rounding="llama"), module(x).detach())
 
 
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 @pytest.mark.parametrize("last_offset", [2**31 - 1, 2**31, 2**31 + 1])
 def test_offsets_beyond_int32(implementation, last_offset):
     """B12, B16, B18: triton-lang/triton#832: rows more than 2**31 elements apart."""
@@ -222,7 +223,7 @@ def test_offsets_beyond_int32(implementation, last_offset):
         assert torch.equal(far, values + values)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (2, 0), (0,)])
 def test_empty(implementation, shape):
     x, weight = torch.empty(shape), torch.ones(shape[-1])
@@ -233,7 +234,7 @@ def test_empty(implementation, shape):
     assert grads[0].shape == shape and torch.equal(grads[1], torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 def test_out(implementation):
     """`out` may be fresh memory, strided memory or x itself."""
     x, weight = make_tensor((3, 20), torch.float32, seed=0), make_tensor((20,), torch.float32, seed=1)

@@ -12,6 +12,7 @@ from fusedops.testing.faults import Fault, argument_faults, standard_faults
 from fusedops.testing.inputs import huge_stride_rows
 from tests.ops.common import (
     DTYPES,
+    EMULATED,
     FUSED,
     IMPLEMENTATIONS,
     assert_compiles,
@@ -59,7 +60,7 @@ def transposed(length, heads, dim, seed, dtype=torch.float32):
 # ---- accuracy
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(problem=problems())
 def test_rotary(implementation, problem):
     tensors, interleaved = problem
@@ -72,7 +73,7 @@ def test_rotary(implementation, problem):
         assert torch.equal(result[..., size:], x[..., size:])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @given(problem=problems())
 def test_gradients(implementation, problem):
     (q, k, cos, sin), interleaved = problem
@@ -101,7 +102,7 @@ def test_reference_gradcheck(interleaved):
 # ---- properties
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 def test_rotation_keeps_length_and_depends_on_distance_alone(implementation):
     q, k = make_tensor((1, 1, 1, 64), torch.float32, seed=0), make_tensor((1, 1, 1, 64), torch.float32, seed=1)
 
@@ -116,7 +117,7 @@ def test_rotation_keeps_length_and_depends_on_distance_alone(implementation):
         assert abs(score(5, 3) - score(5, 4)) > 0.1
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_angles(implementation, dtype):
     """No angle changes nothing; a quarter turn moves every element to its partner, exactly."""
@@ -131,7 +132,7 @@ def test_exact_angles(implementation, dtype):
     assert torch.equal(neighbours, torch.stack((-q[..., 1::2], q[..., ::2]), -1).flatten(-2))
 
 
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 @given(problem=problems())
 def test_layout_does_not_matter(implementation, problem):
     tensors, interleaved = problem
@@ -159,7 +160,7 @@ def test_hugging_face_formula(interleaved):
         torch.testing.assert_close(result, x * cos.unsqueeze(2) + rotate(x) * sin.unsqueeze(2))
 
 
-@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("implementation", [*FUSED, *EMULATED])
 def test_offsets_beyond_int32(implementation):
     """B12, B18: batches more than 2**31 elements apart (triton-lang/triton#832, Dao-AILab/flash-attention#772)."""
     values = make_tensor((2, 32), torch.float16, seed=0)
@@ -168,7 +169,7 @@ def test_offsets_beyond_int32(implementation):
         assert torch.equal(rotary(far, far, *angles(1, 32))[0], rotary(near, near, *angles(1, 32))[0])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *EMULATED])
 @pytest.mark.parametrize("shape", [(0, 3, 2, 8), (2, 0, 2, 8), (2, 3, 0, 8)])
 def test_empty(implementation, shape):
     q, k = torch.empty(shape), torch.empty(*shape[:2], 1, 8)

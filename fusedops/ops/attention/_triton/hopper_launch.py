@@ -162,7 +162,7 @@ def launch(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, batch, max_q, max_k, bound
         _tensor_map(v, tile.block_n, tile.block_dv), _tensor_map(out, 64, tile.block_dv),
         out, lse, sinks, *scales, cu_seqlens_q, cu_seqlens_k,
         lse.shape[-1], max_q, max_k, heads, num_m, num_tiles, section,
-        left or 0, max_k if right is None else right, group, scale_rows,
+        left or 0, max_q if right is None else right, group, scale_rows,
         1.0 if capped else softmax_scale * _LOG2E, 2.0 * softmax_scale / softcap * _LOG2E if capped else 0.0,
         softcap * _LOG2E,
         DV=v.shape[3], BLOCK_N=tile.block_n, IS_VARLEN=varlen, HAS_LEFT=left is not None,
