@@ -1,7 +1,15 @@
-"""Helpers that Triton kernels of several operators share."""
+"""Helpers that Triton kernels of several operators share: offsets of rows, and the arithmetic of attention.
+
+A query at position p among the keys (p = i + Sk - Sq) may see the keys p - window_left to p + window_right; a bound
+that is not there is HAS_LEFT or HAS_RIGHT False. Causal is HAS_RIGHT with window_right = 0. Scores are in natural
+units, as the operators define them; weights are powers of two, `exp2((s - m) * LOG2E)`.
+"""
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -9,3 +17,134 @@ def row_offsets(rows, inner, stride_outer, stride_inner):
     """Element offsets of rows laid out as by `rows.collapse`, in int64 before any multiplication."""
     rows = rows.to(tl.int64)
     return (rows // inner) * stride_outer + (rows % inner) * stride_inner
+
+
+@triton.jit
+def tanh(x):
+    """tanh to 2 float32 epsilons: an odd polynomial near 0, where the quotient of exponentials would cancel."""
+    size = tl.abs(x)
+    square = x * x
+    small = 1.5729683e-2
+    small = small * square - 5.2303962e-2
+    small = small * square + 1.3315298e-1
+    small = small * square - 3.3332768e-1
+    small = small * square * size + size
+    power = tl.exp2(size * (-2.0 * LOG2E))
+    result = tl.where(size < 0.55, small, (1.0 - power) / (1.0 + power))
+    return tl.where(x < 0.0, -result, result)
+
+
+@triton.jit
+def scaled(qk, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Products to scores before any bias. The derivative by qk is scale, times 1 - (s / softcap)**2 with a softcap."""
+    s = qk * scale
+    if HAS_SOFTCAP:
+        s = softcap * tanh(s / softcap)
+    return s
+
+
+@triton.jit
+def biased(s, slope, pos_m, offs_n, bias, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Add ALiBi, `slope` for each query at positions `pos_m`, and the tile `bias` of an additive mask."""
+    if HAS_ALIBI:
+        s -= slope * tl.abs(pos_m - offs_n).to(tl.float32)
+    if HAS_BIAS:
+        s += bias.to(tl.float32)
+    return s
+
+
+@triton.jit
+def in_sight(pos_m, offs_n, Sk, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Which keys `offs_n` there are and are near enough for the queries at `pos_m`; the shapes broadcast."""
+    visible = offs_n < Sk
+    if HAS_LEFT:
+        visible = visible & (offs_n >= pos_m - window_left)
+    if HAS_RIGHT:
+        visible = visible & (offs_n <= pos_m + window_right)
+    return visible
+
+
+@triton.jit
+def block_range(
+    first, last, size, before, after, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Blocks of `size` items that the positions first..last reach, each from its own -before to its own +after.
+
+    Returns (start, full_start, full_end, end), ordered. All but `end` are multiples of BLOCK (`full_end` and
+    `full_start` may equal `end`). Outside start..end nothing is reached; every item of the blocks in
+    full_start..full_end is there and reached from every position.
+    """
+    start = 0
+    full_start = 0
+    end = size
+    full_end = size
+    if HAS_BEFORE:
+        start = tl.maximum(first - before, 0)
+        full_start = tl.maximum(last - before, 0)
+    if HAS_AFTER:
+        end = tl.minimum(last + after + 1, size)
+        full_end = tl.minimum(first + after + 1, size)
+    start = start // BLOCK * BLOCK
+    end = tl.maximum(end, start)
+    full_start = (full_start + BLOCK - 1) // BLOCK * BLOCK
+    full_end = tl.maximum(full_end, 0) // BLOCK * BLOCK
+    no_full = full_start >= full_end
+    full_start = tl.where(no_full, start, full_start)
+    full_end = tl.where(no_full, start, full_end)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def key_range(
+    first_m, last_m, Sq, Sk, window_left, window_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`block_range` of the keys that the queries first_m..last_m (indices, inclusive) may see."""
+    shift = Sk - Sq
+    return block_range(first_m + shift, last_m + shift, Sk, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+
+
+@triton.jit
+def split_range(start, full_start, full_end, end, split, num_splits, BLOCK_N: tl.constexpr):
+    """The part of a `key_range` that one of the splits takes: equal numbers of blocks, the last ones fewer or none."""
+    share = tl.cdiv(tl.cdiv(end - start, BLOCK_N), num_splits) * BLOCK_N
+    start += split * share
+    end = tl.maximum(tl.minimum(end, start + share), start)
+    full_start = tl.minimum(tl.maximum(full_start, start), end)
+    full_end = tl.minimum(tl.maximum(full_end, start), end)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def online_softmax(s, m_i, l_i, unit, NATURAL: tl.constexpr):
+    """Weights of a block of scores, the factor of what was summed before, and the new maximum and sum of each row."""
+    if NATURAL:
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing keeps weights of 0
+        p = tl.exp2((s - m_finite[:, None]) * LOG2E)
+        alpha = tl.exp2((m_i - m_finite) * LOG2E)
+    else:
+        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * unit - m_finite[:, None])
+        alpha = tl.exp2(m_i - m_finite)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def close_rows(acc, m, l_i, sink, HAS_SINKS: tl.constexpr, NATURAL: tl.constexpr):
+    """(out, lse) of rows from maxima, sums and weighted values; the sink is one more column, without a value."""
+    to_natural: tl.constexpr = 1.0 if NATURAL else LN2
+    to_log2: tl.constexpr = LOG2E if NATURAL else 1.0
+    if HAS_SINKS:
+        sink = sink * (1.0 if NATURAL else LOG2E)
+        m_all = tl.maximum(m, sink)
+        m_finite = tl.where(m_all == float("-inf"), 0.0, m_all)
+        share = tl.exp2((m - m_finite) * to_log2)
+        acc *= share[:, None]
+        l_i = l_i * share + tl.exp2((sink - m_finite) * to_log2)
+        m = m_all
+    empty = l_i == 0.0
+    divisor = tl.where(empty, 1.0, l_i)
+    out = tl.where(empty[:, None], 0.0, acc / divisor[:, None])
+    return out, tl.where(empty, float("-inf"), m * to_natural + tl.log(divisor))

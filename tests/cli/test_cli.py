@@ -99,7 +99,7 @@ def test_a_directory_that_is_no_model_is_refused(capsys, tmp_path):
 
 @pytest.mark.parametrize("op", fusedops.OPERATORS)
 def test_explain_every_operator(capsys, op):
-    has_heads = op == "rotary" or "attention" in op
+    has_heads = op == "rotary" or "attention" in op or "kv_cache" in op
     arguments = ("explain", op, "--shape", "2x16x8x64" if has_heads else "512x1024")
     status, out, _ = run(capsys, *arguments, "--target", "sm_90a", "--json")
     told = json.loads(out)

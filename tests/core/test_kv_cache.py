@@ -1,6 +1,8 @@
 """The paged cache against a plain dict of lists: no page leaks, no token is lost, nobody reads another's tokens."""
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from fusedops import attention, paged_attention, write_kv_cache
 from fusedops.kv_cache import OutOfPages, PagedKVCache
 
 
@@ -303,3 +306,27 @@ def test_tables_are_what_the_operators_take():
     assert lengths.tolist() == [0, 9, 8] and cache.block_table([]).shape == (0, 0)
     assert cache.stats().waste == pytest.approx(1 - 17 / 24)
     assert cache.stats().bytes_used == 3 * 8 * 8 * 4 * 2 * 2
+
+
+def test_the_example_of_the_docs(capsys):
+    """docs/kv_cache.md, as it stands there."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "kv_cache.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(compile(example, "kv_cache.md", "exec"), names)
+    assert names["there"] == 32 and names["slots"].tolist() == list(range(40))
+    assert names["lengths"].tolist() == [41, 32] and "pages_used=3" in capsys.readouterr().out
+
+
+def test_written_and_read_by_the_operators():
+    """What the operators see through slots, table and lengths is what each sequence holds."""
+    cache = PagedKVCache(1, 12, 8, 2, 16, dtype=torch.float32)
+    sequences, lengths = [cache.allocate()[0] for _ in range(3)], [11, 1, 17]
+    k, v, q = (torch.randn(sum(lengths), 2, 16) for _ in range(3))
+    write_kv_cache(k, v, cache.k[0], cache.v[0], cache.append(sequences, lengths))
+    last = torch.tensor(lengths).cumsum(0) - 1
+    out = paged_attention(q[last], cache.k[0], cache.v[0], cache.block_table(sequences), cache.lengths(sequences))
+    starts = [0, *(last + 1).tolist()]
+    for row, (begin, end) in enumerate(zip(starts, starts[1:])):
+        alone = attention(q[None, end - 1 : end], k[None, begin:end], v[None, begin:end])
+        torch.testing.assert_close(out[row], alone[0, 0])

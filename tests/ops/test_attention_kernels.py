@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedops import attention, attention_varlen, merge_attention
+from fusedops._core.tl import key_range, tanh
 from fusedops.ops.attention import _triton as kernels
 from fusedops.ops.attention import reference
-from fusedops.ops.attention._triton import scores
+from fusedops.ops.attention._triton.backward import query_range
 from fusedops.testing import assert_accurate, make_tensor
 from fusedops.testing.inputs import huge_stride_rows
 from tests.ops.attention_problems import Problem, packed_lengths, packed_problems, problems, qkv
@@ -207,9 +208,9 @@ def _ranges(
         left = tl.load(cases_ptr + 6 * case + 4)
         right = tl.load(cases_ptr + 6 * case + 5)
         if OF_KEYS:
-            a, b, c, d = scores.key_range(first, last, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT, BLOCK)
+            a, b, c, d = key_range(first, last, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT, BLOCK)
         else:
-            a, b, c, d = scores.query_range(first, last, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT, BLOCK)
+            a, b, c, d = query_range(first, last, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT, BLOCK)
         tl.store(found_ptr + 4 * case, a)
         tl.store(found_ptr + 4 * case + 1, b)
         tl.store(found_ptr + 4 * case + 2, c)
@@ -250,7 +251,7 @@ def test_ranges_of_blocks(block, has_left, has_right, of_keys):
 @triton.jit
 def _tanh_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    tl.store(out_ptr + offs, scores.tanh(tl.load(x_ptr + offs)))
+    tl.store(out_ptr + offs, tanh(tl.load(x_ptr + offs)))
 
 
 def test_tanh():

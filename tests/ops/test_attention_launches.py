@@ -8,8 +8,8 @@ import torch
 from fusedops import explain
 from fusedops._core.cubin import CubinReport
 from fusedops._core.device import MIN_CAPABILITY, TARGETS
+from fusedops._core.relaunch import Relauncher
 from fusedops.ops.attention import _triton as kernels
-from fusedops.ops.attention._triton.relaunch import Relauncher
 from tests.test_compile import OPERATOR_FILES, compiled_rows
 
 TRITON_TARGETS = [target for target in TARGETS.values() if target.capability >= MIN_CAPABILITY]

@@ -37,9 +37,7 @@ def truth(x, weight, **options):
 
 
 def truth_residual(x, residual, weight, **options):
-    return reference.add_rms_norm(
-        x.double(), residual.double(), weight.double(), round_to=x.dtype, **options
-    )
+    return reference.add_rms_norm(x.double(), residual.double(), weight.double(), round_to=x.dtype, **options)
 
 
 # ---- accuracy

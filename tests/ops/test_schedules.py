@@ -54,6 +54,35 @@ def packed():
     return fusedops.attention_varlen(q, k, v, starts, starts, 37, 37, causal=True), ()
 
 
+def cache(pages=12, size=8):
+    return make_tensor((2, pages, size, 2, 64), DTYPE, seed=5).unbind(0)
+
+
+def paged(queries, length, **options):
+    """Two sequences with their pages in any order."""
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int().view(2, 6)
+    starts = torch.tensor([0, queries, 2 * queries], dtype=torch.int32)
+    lengths = torch.tensor([length, queries], dtype=torch.int32)
+    q = make_tensor((2 * queries, 4, 64), DTYPE, seed=0)
+    batch = {"cu_seqlens_q": starts, "max_seqlen_q": queries} if queries > 1 else {}
+    return fusedops.paged_attention(q, *cache(), table, lengths, **batch, **options), ()
+
+
+def write(function, *tables, **scales):
+    """Five tokens, of which one is skipped."""
+    k, v, q = (make_tensor((5, 2, 64), DTYPE, seed=i) for i in range(3))
+    k_cache, v_cache = cache()
+    if scales:
+        k_cache, v_cache = (torch.zeros(x.shape, dtype=torch.int8) for x in (k_cache, v_cache))
+    slots = torch.tensor([3, 95, -1, 0, 17])
+    function(*((q,) if tables else ()), k, v, *tables, k_cache, v_cache, slots, **scales)
+    return torch.stack([k_cache.float(), v_cache.float()]), ()
+
+
+def scales():
+    return {name: torch.zeros(12, 8, 2) for name in ("k_scale", "v_scale")}
+
+
 CALLS = {
     "rms_norm": lambda: norm(fusedops.rms_norm),
     "layer_norm": lambda: norm(fusedops.layer_norm, torch.zeros(300, dtype=DTYPE)),
@@ -66,6 +95,12 @@ CALLS = {
     "attention of one query over many keys": lambda: attend(1, 600),
     "merge_attention": merge,
     "attention_varlen": packed,
+    "paged_attention, a decoding step": lambda: paged(1, 41),
+    "paged_attention, a chunk": lambda: paged(7, 41),
+    "paged_attention, splits": lambda: paged(1, 41, num_splits=3),
+    "write_kv_cache": lambda: write(fusedops.write_kv_cache),
+    "write_kv_cache, quantised": lambda: write(fusedops.write_kv_cache, **scales()),
+    "rotary_write_kv_cache": lambda: write(fusedops.rotary_write_kv_cache, *(t[0] for t in angles(5, 64, DTYPE))),
 }
 
 

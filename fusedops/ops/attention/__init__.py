@@ -2,7 +2,14 @@
 
 from fusedops._core import checks, env
 from fusedops.ops.attention import _options, _registered
-from fusedops.ops.attention._options import MAX_D, takes_head_dim  # noqa: F401 - limits are found where the operator is
+from fusedops.ops.attention._options import (  # noqa: F401 - limits, and what the paged operator checks likewise
+    MAX_D,
+    arguments,
+    check_head_dim,
+    check_table,
+    check_values,
+    takes_head_dim,
+)
 
 
 def attention(

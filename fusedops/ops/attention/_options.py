@@ -42,23 +42,23 @@ def check(op, tensors, sizes, batch, sinks, alibi_slopes, q_scale, k_scale, v_sc
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{op}: k must have a number of heads Hk that divides H={heads}, got {kv_heads}")
     for name in ("D", "Dv"):
-        _check_head_dim(op, name, sizes[name])
+        check_head_dim(op, name, sizes[name])
     if sinks is not None:
-        _check_table(op, "sinks", sinks, q, [(heads,)], "[H]", _parameter_dtypes(q))
+        check_table(op, "sinks", sinks, q, [(heads,)], "[H]", _parameter_dtypes(q))
     if alibi_slopes is not None:
         allowed = [(heads,), (batch, heads)]
-        _check_table(op, "alibi_slopes", alibi_slopes, q, allowed, "[H] or [B, H]", (torch.float32,))
+        check_table(op, "alibi_slopes", alibi_slopes, q, allowed, "[H] or [B, H]", (torch.float32,))
     for name, scale, side in (("q_scale", q_scale, "H"), ("k_scale", k_scale, "Hk"), ("v_scale", v_scale, "Hk")):
         if scale is None:
             continue
         if q.dtype != FP8:
             raise ValueError(f"{op}: {name} must be None unless q is float8_e4m3fn, got it with {_dtype(q)}")
         allowed = [(batch, sizes[side]), (1, sizes[side])]
-        _check_table(op, name, scale, q, allowed, f"[B or 1, {side}]", (torch.float32,))
+        check_table(op, name, scale, q, allowed, f"[B or 1, {side}]", (torch.float32,))
     constants = {"alibi_slopes": alibi_slopes, "q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
     _check_gradients(op, tensors, constants)
     if env.validate():
-        _check_values(op, *options)
+        check_values(op, *options)
 
 
 def check_mask(op, mask, q, sizes):
@@ -125,14 +125,14 @@ def takes_head_dim(size):
     return size == MAX_D or (size % STEP_D == 0 and 0 < size <= WHOLE_D)
 
 
-def _check_head_dim(op, name, size):
+def check_head_dim(op, name, size):
     if not takes_head_dim(size):
         raise NotImplementedError(
             f"{op}: {name} must be a multiple of {STEP_D} up to {WHOLE_D}, or MAX_D = {MAX_D}, got {size}"
         )
 
 
-def _check_table(op, name, tensor, q, shapes, described, dtypes):
+def check_table(op, name, tensor, q, shapes, described, dtypes):
     """Check one small tensor beside q."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -156,7 +156,7 @@ def _check_gradients(op, tensors, constants):
             raise NotImplementedError(f"{op}: {name} must not require a gradient in {_dtype(tensor)}, which has none")
 
 
-def _check_values(op, softmax_scale, causal, window_left, window_right, softcap):
+def check_values(op, softmax_scale, causal, window_left, window_right, softcap):
     for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
         if not isinstance(value, _NUMBERS) or isinstance(value, bool):
             raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")

@@ -8,9 +8,9 @@ import torch
 from fusedops._core import rows
 from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
+from fusedops._core.relaunch import Relauncher
 from fusedops.ops.attention._triton import backward_launch, hopper_launch
 from fusedops.ops.attention._triton.forward import _attention_kernel
-from fusedops.ops.attention._triton.relaunch import Relauncher
 from fusedops.ops.attention._triton.split_kv import _combine_kernel, _merge_kernel
 
 FP8 = torch.float8_e4m3fn

@@ -9,7 +9,17 @@ Dense and packed sequences take the same kernels: packed ones have batch strides
 import triton
 import triton.language as tl
 
-from fusedops.ops.attention._triton.scores import LOG2E, biased, in_sight, key_range, query_range, scaled
+from fusedops._core.tl import LOG2E, biased, block_range, in_sight, key_range, scaled
+
+
+@triton.jit
+def query_range(
+    first_n, last_n, Sq, Sk, window_left, window_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """`block_range` of the queries (indices) that may see the keys first_n..last_n (inclusive)."""
+    shift = Sq - Sk
+    return block_range(first_n + shift, last_n + shift, Sq, window_right, window_left, HAS_RIGHT, HAS_LEFT, BLOCK_M)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ most negative numbers would overflow in base 2.
 import triton
 import triton.language as tl
 
-from fusedops.ops.attention._triton.scores import LN2, LOG2E, biased, in_sight, key_range, scaled, split_range
+from fusedops._core.tl import LOG2E, biased, close_rows, in_sight, key_range, online_softmax, scaled, split_range
 
 FP8_SUMS = tl.constexpr(32)  # products that Hopper may sum in its 14 bits before they are added in float32
 
@@ -24,22 +24,6 @@ def _load_tile(ptrs, mask_rows, mask_columns, MASK_ROWS: tl.constexpr, MASK_COLU
         return tl.load(ptrs, mask=mask_columns, other=0.0)
     else:
         return tl.load(ptrs)
-
-
-@triton.jit
-def _online_softmax(s, m_i, l_i, unit, NATURAL: tl.constexpr):
-    """Weights of a block of scores, the factor of what was summed before, and the new maximum and sum of each row."""
-    if NATURAL:
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing keeps weights of 0
-        p = tl.exp2((s - m_finite[:, None]) * LOG2E)
-        alpha = tl.exp2((m_i - m_finite) * LOG2E)
-    else:
-        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
-        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * unit - m_finite[:, None])
-        alpha = tl.exp2(m_i - m_finite)
-    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
@@ -83,29 +67,10 @@ def _attend(
             s = biased(s, slope, pos_m, offs_n[None, :], bias, HAS_ALIBI, MASK_KIND == "additive")
         if PARTLY:
             s = tl.where(visible, s, float("-inf"))
-        p, alpha, m_i, l_i = _online_softmax(s, m_i, l_i, unit, MASK_KIND == "additive")
+        p, alpha, m_i, l_i = online_softmax(s, m_i, l_i, unit, MASK_KIND == "additive")
         v = _load_tile(v_ptr + row_n * stride_v_s + v_offsets, reached[:, None], offs_dv < DV, PARTLY, DV < BLOCK_DV)
         acc = tl.dot(p.to(p_dtype), v.to(p_dtype), acc * alpha[:, None], input_precision="ieee")
     return acc, m_i, l_i
-
-
-@triton.jit
-def close_rows(acc, m, l_i, sink, HAS_SINKS: tl.constexpr, NATURAL: tl.constexpr):
-    """(out, lse) of rows from maxima, sums and weighted values; the sink is one more column, without a value."""
-    to_natural: tl.constexpr = 1.0 if NATURAL else LN2
-    to_log2: tl.constexpr = LOG2E if NATURAL else 1.0
-    if HAS_SINKS:
-        sink = sink * (1.0 if NATURAL else LOG2E)
-        m_all = tl.maximum(m, sink)
-        m_finite = tl.where(m_all == float("-inf"), 0.0, m_all)
-        share = tl.exp2((m - m_finite) * to_log2)
-        acc *= share[:, None]
-        l_i = l_i * share + tl.exp2((sink - m_finite) * to_log2)
-        m = m_all
-    empty = l_i == 0.0
-    divisor = tl.where(empty, 1.0, l_i)
-    out = tl.where(empty[:, None], 0.0, acc / divisor[:, None])
-    return out, tl.where(empty, float("-inf"), m * to_natural + tl.log(divisor))
 
 
 @triton.jit

@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fusedops._core.tl import LOG2E
 from fusedops.ops.attention._triton.hopper_parts import GROUP_M, Result, Scores, Tiles, Work
-from fusedops.ops.attention._triton.scores import LOG2E
 
 FIRST, SECOND, THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # warpgroups
 
@@ -164,9 +164,7 @@ def _leave(empty, step, work):
 
 
 @gluon.jit
-def _consume(
-    result, scores, tiles, work, GROUP: gl.constexpr, HAS_SINKS: gl.constexpr, OUT_IN_Q: gl.constexpr
-):
+def _consume(result, scores, tiles, work, GROUP: gl.constexpr, HAS_SINKS: gl.constexpr, OUT_IN_Q: gl.constexpr):
     """One warpgroup: 64 rows of every query tile of this block."""
     dtype: gl.constexpr = result.out_desc.dtype
     BLOCK_DV: gl.constexpr = result.out_desc.block_type.shape[3]
@@ -213,9 +211,7 @@ def _consume(
                     step += 1
                     _wait_turn(GROUP)
                     products = _start_scores(q, tiles, step, work, S_LAYOUT)
-                    values = _start_values(
-                        p, acc, tiles, step - 1, (n + 1) * work.BLOCK_N, low_seen, high_seen, work
-                    )
+                    values = _start_values(p, acc, tiles, step - 1, (n + 1) * work.BLOCK_N, low_seen, high_seen, work)
                     _pass_turn(GROUP, work.NUM_GROUPS)
                     s = scores.capped(warpgroup_mma_wait(1, deps=[products]))
                     _leave(tiles.k_empty, step, work)

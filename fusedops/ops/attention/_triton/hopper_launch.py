@@ -8,7 +8,7 @@ import triton
 
 from fusedops._core.device import INTERPRETER, MIB
 from fusedops._core.launch import KernelExample
-from fusedops.ops.attention._triton.scores import LOG2E
+from fusedops._core.tl import LOG2E
 
 ARCH = "sm_90a"
 FP8 = torch.float8_e4m3fn

@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedops._core.tl import row_offsets
-from fusedops.ops.attention._triton.forward import close_rows
-from fusedops.ops.attention._triton.scores import LOG2E
+from fusedops._core.tl import LOG2E, close_rows, row_offsets
 
 
 @triton.jit

@@ -1,0 +1,161 @@
+"""Paged attention in decoding, even and skewed, and writes into the cache, against torch's ways and other libraries."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from _common import Case, main, peer
+
+from fusedops import paged_attention, rotary, rotary_write_kv_cache, write_kv_cache
+
+FLASH_KVCACHE = peer("flash_attn_interface", "flash_attn_with_kvcache") or peer("flash_attn", "flash_attn_with_kvcache")
+FLASHINFER_DECODE = peer("flashinfer", "BatchDecodeWithPagedKVCacheWrapper")
+
+HEADS, KV_HEADS, DIM = 32, 8, 128  # Llama 3 8B
+EVEN = ((32, 4096), (1, 8192), (8, 8192), (64, 8192), (128, 4096), (256, 2048), (1, 131072), (4, 32768))  # (B, S)
+SKEWED = (131072, *[4096] * 31)
+STEPS = (2, 4, 12, 16, 24, 48)  # batches between those of EVEN, at 8192 tokens: time must grow evenly
+WRITTEN = (1, 128, 8192)  # tokens of one write
+SMALL = 9, 3, 64  # heads, key heads and head size on a CPU: SmolLM2-135M
+
+
+def pool_of(lengths, page_size, heads, dim, dtype, device):
+    """(k_cache, v_cache, block_table, cache_seqlens) of sequences on pages in random order, random data."""
+    counts = [-(-length // page_size) for length in lengths]
+    caches = [torch.randn(sum(counts), page_size, heads, dim, device=device).to(dtype) for _ in "kv"]
+    order = iter(torch.randperm(sum(counts)).split(counts))
+    rows = [F.pad(pages, (0, max(counts) - len(pages))) for pages in order]
+    table = torch.stack(rows).to(device, torch.int32)
+    return *caches, table, torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def gathered(q, k_cache, v_cache, table, lengths, limit):
+    """torch: all pages copied to where SDPA wants them, and a mask; `limit` is the longest length."""
+    keys, values = (cache[table.long()].flatten(1, 2)[:, :limit].transpose(1, 2) for cache in (k_cache, v_cache))
+    mask = torch.arange(limit, device=q.device) < lengths[:, None]
+    attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
+    return attend(q[:, :, None], keys, values, attn_mask=mask[:, None, None]).squeeze(2)
+
+
+def flash_kvcache(q, k_cache, v_cache, table, lengths):
+    return FLASH_KVCACHE(q[:, None], k_cache, v_cache, cache_seqlens=lengths, block_table=table)[:, 0]
+
+
+def flashinfer(lengths, page_size, heads):
+    """FlashInfer's wrapper, planned once for these lengths; its pages are those of the table."""
+    space = torch.empty(2**27, dtype=torch.uint8, device="cuda")
+    wrapper, planned = FLASHINFER_DECODE(space, "NHD"), []
+
+    def call(q, k_cache, v_cache, table, seqlens):
+        if not planned:
+            counts = torch.tensor([-(-length // page_size) for length in lengths], dtype=torch.int32)
+            starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+            used = torch.arange(table.shape[1]) < counts[:, None]
+            last = torch.tensor([(length - 1) % page_size + 1 for length in lengths], dtype=torch.int32)
+            wrapper.plan(starts, table[used.to(table.device)], last, *heads, page_size, q_data_type=q.dtype)
+            planned.append(True)
+        return wrapper.run(q, (k_cache, v_cache))
+
+    return call
+
+
+def decode_case(lengths, page_size, device, dtype, name, cache_dtype=None, sizes=(HEADS, KV_HEADS, DIM)):
+    """One new token for each sequence; the bytes are those of the tokens that there are."""
+    heads, kv_heads, dim = sizes
+
+    def make(seed):
+        q = torch.randn(len(lengths), heads, dim, device=device).to(dtype)
+        return q, *pool_of(lengths, page_size, kv_heads, dim, cache_dtype or dtype, device)
+
+    peers = {} if cache_dtype else {"torch": functools.partial(gathered, limit=max(lengths))}
+    if device == "cuda" and not cache_dtype:
+        peers |= {"flash-attn": flash_kvcache} if FLASH_KVCACHE else {}
+        peers |= {"flashinfer": flashinfer(lengths, page_size, (heads, kv_heads, dim))} if FLASHINFER_DECODE else {}
+        peers = peers if sum(lengths) <= 2**19 else {k: v for k, v in peers.items() if k != "torch"}
+    tokens, itemsize = sum(lengths), (cache_dtype or dtype).itemsize
+    moved = 2 * tokens * kv_heads * dim * itemsize + 2 * len(lengths) * heads * dim * dtype.itemsize
+    goal = (1.0, 0.90) if 2 * tokens * kv_heads * dim * itemsize >= 2**28 and not cache_dtype else (None, None)
+    candidates = {"fusedops": paged_attention, **peers}
+    cost, check = (moved, 4 * tokens * heads * dim), None if tokens > 2**15 else _error
+    name, dtype = f"{name}, page {page_size}", cache_dtype or dtype
+    return Case("paged_attention", name, dtype, make, candidates, {}, cost=cost, goal=goal, check=check)
+
+
+def _error(case, arguments, out):
+    """How far our result is from SDPA in float64 on the same keys."""
+    q, k_cache, v_cache, table, lengths = arguments
+    wide = [t.double() for t in (q, k_cache, v_cache)]
+    wanted = gathered(*wide, table, lengths, int(lengths.max()))
+    return float((out.double() - wanted).norm() / wanted.norm())
+
+
+def indexed(k, v, k_cache, v_cache, slots):
+    """torch: assignments at places."""
+    k_cache.view(-1, *k.shape[1:])[slots] = k
+    v_cache.view(-1, *v.shape[1:])[slots] = v
+
+
+def write_case(tokens, device, dtype, sizes):
+    _, kv_heads, dim = sizes
+
+    def make(seed):
+        k, v = (torch.randn(tokens, kv_heads, dim, device=device).to(dtype) for _ in "kv")
+        caches = [torch.zeros(-(-tokens // 16) * 2, 16, kv_heads, dim, device=device, dtype=dtype) for _ in "kv"]
+        return k, v, *caches, torch.randperm(tokens * 2, device=device)[:tokens]
+
+    def ours(*arguments):
+        write_kv_cache(*arguments)
+        return arguments[2:4]
+
+    def torch_way(*arguments):
+        indexed(*arguments)
+        return arguments[2:4]
+
+    name = f"{tokens} tokens of {kv_heads}x{dim}"
+    return Case("write_kv_cache", name, dtype, make, {"fusedops": ours, "torch": torch_way}, {}, check=None)
+
+
+def rotary_write_case(tokens, device, dtype, sizes):
+    heads, kv_heads, dim = sizes
+
+    def make(seed):
+        q, k, v = (torch.randn(tokens, count, dim, device=device).to(dtype) for count in (heads, kv_heads, kv_heads))
+        angle = torch.rand(tokens, dim, device=device)
+        caches = [torch.zeros(-(-tokens // 16), 16, kv_heads, dim, device=device, dtype=dtype) for _ in "kv"]
+        return q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), *caches, torch.randperm(tokens, device=device)
+
+    def two_calls(q, k, v, cos, sin, k_cache, v_cache, slots):
+        turned, keys = rotary(q[None], k[None], cos[None], sin[None])
+        indexed(keys[0], v, k_cache, v_cache, slots)
+        return turned[0]
+
+    name = f"{tokens} tokens of {heads}/{kv_heads}x{dim}"
+    candidates = {"fusedops": rotary_write_kv_cache, "rotary, then torch": two_calls}
+    return Case("rotary_write_kv_cache", name, dtype, make, candidates, {}, check=None)
+
+
+def cases(device, quick):
+    """Goals 3 and 4: even batches, one long sequence among short ones beside as many keys shared evenly, and steps."""
+    if device == "cpu":
+        for lengths in ([100] * 8, [512, 16, 16, 16]):
+            yield decode_case(lengths, 16, device, torch.float32, f"{len(lengths)} of {max(lengths)}", sizes=SMALL)
+        yield write_case(128, device, torch.float32, SMALL)
+        yield rotary_write_case(128, device, torch.float32, SMALL)
+        return
+    dtype, even = torch.bfloat16, [sum(SKEWED) // len(SKEWED)] * len(SKEWED)
+    for batch, length in EVEN[:2] if quick else EVEN:
+        for page_size in (16, 64):
+            yield decode_case([length] * batch, page_size, device, dtype, f"{batch}x{length}")
+    yield decode_case(even, 16, device, dtype, "even")
+    yield decode_case(SKEWED, 16, device, dtype, "1x128k and 31x4k")
+    for code in (torch.float8_e4m3fn, torch.int8):
+        yield decode_case([4096] * 32, 16, device, dtype, "32x4096", code)
+    for batch in () if quick else STEPS:
+        yield decode_case([8192] * batch, 16, device, dtype, f"{batch}x8192")
+    for tokens in WRITTEN[-1:] if quick else WRITTEN:
+        yield write_case(tokens, device, dtype, (HEADS, KV_HEADS, DIM))
+        yield rotary_write_case(tokens, device, dtype, (HEADS, KV_HEADS, DIM))
+
+
+if __name__ == "__main__":
+    main(cases)
