@@ -1,4 +1,5 @@
-// Atomic operations. PTX ISA 9.7.13.5 and 9.7.13.6. Lanes take their turn in ascending order, or in any under a random schedule.
+// Atomic operations. PTX ISA 9.7.13.5 and 9.7.13.6. Lanes take their turn in ascending order, or in any under a random
+// schedule.
 #include <cmath>
 #include <cstring>
 

@@ -3,8 +3,8 @@
 #include <cstring>
 #include <functional>
 
+#include "cursor.h"
 #include "fault.h"
-#include "syntax.h"
 
 namespace ptx {
 
@@ -24,32 +24,14 @@ unsigned bytes_of(const std::string& type) {
 
 namespace {
 
-// Comments become blanks, so that lines keep their numbers.
-std::string without_comments(std::string text) {
-    for (size_t at = 0; at + 1 < text.size(); at++) {
-        if (text[at] == '"') {
-            at = text.find('"', at + 1);
-            if (at == std::string::npos) break;
-        } else if (text[at] == '/' && text[at + 1] == '/') {
-            while (at < text.size() && text[at] != '\n') text[at++] = ' ';
-        } else if (text[at] == '/' && text[at + 1] == '*') {
-            size_t end = text.find("*/", at + 2);
-            if (end == std::string::npos) end = text.size() - 2;
-            for (; at < end + 2; at++)
-                if (text[at] != '\n') text[at] = ' ';
-        }
-    }
-    return text;
-}
-
 struct Scope {
     int parent = -1;
     std::map<std::string, std::string> names;   // as written to unique in the kernel
 };
 
-class Parser {
+class Parser : Cursor {
   public:
-    explicit Parser(const std::string& text) : text_(without_comments(text)) {}
+    using Cursor::Cursor;
 
     Module module() {
         while (skip_space(), at_ < text_.size()) module_item();
@@ -57,100 +39,11 @@ class Parser {
     }
 
   private:
-    std::string text_;
-    size_t at_ = 0, counted_ = 0;
-    int line_ = 1, unique_ = 0;
+    int unique_ = 0;
     Module module_;
     std::vector<Scope> scopes_;
     std::vector<int> scope_of_;                 // of each statement
     Source location_;
-
-    // ---- characters
-    int line() {
-        for (; counted_ < at_; counted_++) line_ += text_[counted_] == '\n';
-        return line_;
-    }
-    [[noreturn]] void fail(const std::string& why) {
-        throw Fault(format("PTX line %d: %s", line(), why.c_str()));
-    }
-    void skip_space() {
-        while (at_ < text_.size() && isspace((unsigned char)text_[at_])) at_++;
-    }
-    char peek() {
-        skip_space();
-        return at_ < text_.size() ? text_[at_] : '\0';
-    }
-    bool take(char wanted) {
-        if (peek() != wanted) return false;
-        at_++;
-        return true;
-    }
-    void expect(char wanted) {
-        if (!take(wanted)) fail(format("expected '%c', found '%s'", wanted, text_.substr(at_, 20).c_str()));
-    }
-    static bool in_word(char c) { return isalnum((unsigned char)c) || strchr("_$%.:", c); }
-    std::string word() {                        // a name, a directive or an instruction with its modifiers
-        skip_space();
-        size_t start = at_;
-        while (at_ < text_.size() && in_word(text_[at_])) {
-            if (text_[at_] == ':' && text_[at_ + 1] != ':') break;                  // a label ends here
-            if (text_[at_] == ':') at_++;
-            at_++;
-        }
-        if (start == at_) fail(format("unexpected '%s'", text_.substr(at_, 20).c_str()));
-        return text_.substr(start, at_ - start);
-    }
-    std::string line_rest() {
-        size_t start = at_;
-        while (at_ < text_.size() && text_[at_] != '\n') at_++;
-        return text_.substr(start, at_ - start);
-    }
-    void skip_braces() {
-        expect('{');
-        for (int depth = 1; depth; at_++) {
-            if (at_ >= text_.size()) fail("unclosed '{'");
-            depth += text_[at_] == '{' ? 1 : text_[at_] == '}' ? -1 : 0;
-        }
-    }
-    uint64_t integer() {
-        Operand number = literal();
-        if (number.kind != Operand::Integer) fail("expected an integer");
-        return number.bits;
-    }
-    Operand literal() {
-        bool minus = take('-');
-        skip_space();
-        size_t start = at_;
-        while (at_ < text_.size() && (isalnum((unsigned char)text_[at_]) || text_[at_] == '.' ||
-                                      (strchr("+-", text_[at_]) && strchr("eE", text_[at_ - 1]) && text_[start] != '0')))
-            at_++;
-        std::string digits = text_.substr(start, at_ - start);
-        Operand number;
-        try {
-            if (digits.size() > 1 && digits[0] == '0' && strchr("fF", digits[1])) {
-                number.kind = Operand::Float32;
-                number.bits = std::stoull(digits.substr(2), nullptr, 16) ^ (minus ? 0x80000000u : 0);
-            } else if (digits.size() > 1 && digits[0] == '0' && strchr("dD", digits[1])) {
-                number.kind = Operand::Float64;
-                number.bits = std::stoull(digits.substr(2), nullptr, 16) ^ (minus ? 1ull << 63 : 0);
-            } else if (digits.find('.') != std::string::npos) {
-                double value = std::stod(digits) * (minus ? -1 : 1);
-                number.kind = Operand::Float64;
-                memcpy(&number.bits, &value, 8);
-            } else {
-                number.kind = Operand::Integer;
-                if (digits.back() == 'U') digits.pop_back();
-                bool binary = digits.size() > 1 && strchr("bB", digits[1]);
-                size_t read = 0;
-                number.bits = binary ? std::stoull(digits = digits.substr(2), &read, 2) : std::stoull(digits, &read, 0);
-                if (read != digits.size()) fail("not a number: '" + digits + "'");
-                if (minus) number.bits = -number.bits;
-            }
-        } catch (const std::logic_error&) {
-            fail("not a number: '" + digits + "'");
-        }
-        return number;
-    }
 
     // ---- module level
     void module_item() {
@@ -165,17 +58,13 @@ class Parser {
         else if (directive == ".entry") kernel();
         else if (directive == ".func") function();
         else if (directive == ".visible" || directive == ".weak" || directive == ".extern" || directive == ".common")
-            ;                                                                        // linking: one module is all there is
+            ;                                                           // linking: one module is all there is
         else if (is_space(directive)) variable(directive.substr(1), module_.variables);
         else if (directive == ".pragma" || directive == ".alias") skip_to(';');
         else fail("unknown directive " + directive);
     }
     static bool is_space(const std::string& directive) {
         return directive == ".shared" || directive == ".global" || directive == ".const" || directive == ".local";
-    }
-    void skip_to(char end) {
-        while (at_ < text_.size() && text_[at_] != end) at_++;
-        expect(end);
     }
     void file() {
         int number = integer();
@@ -199,7 +88,7 @@ class Parser {
         while (part = word(), part[0] == '.') {
             pointer |= part == ".ptr";
             if (part == ".align") (pointer ? pointee_align : declared.align) = integer();
-            else if (part != ".ptr" && part != ".global" && part != ".shared" && part != ".const" && part != ".attribute")
+            else if (part != ".ptr" && part != ".attribute" && !is_space(part))
                 declared.type = part.substr(1);
         }
         for (bool more = true; more; more = space != "param" && take(',') && (part = word(), true)) {
@@ -245,7 +134,7 @@ class Parser {
             else if (directive == ".reqnctapercluster") dimensions(made.required_cluster);
             else if (directive == ".explicitcluster" || directive == ".noreturn") ;
             else {
-                integer();                                                           // .maxntid, .minnctapersm, .maxnreg
+                integer();                                              // .maxntid, .minnctapersm, .maxnreg
                 while (take(',')) integer();
             }
         }

@@ -16,7 +16,8 @@ uint64_t aligned_up(uint64_t value, uint64_t to) { return (value + to - 1) / to 
 Step leave(Warp& warp, const Instruction&, Mask active) { return warp.exit(active); }
 
 // Places variables of one space one after another; returns the end. Those as long as the launch says come last.
-uint32_t lay_out(const std::vector<const Variable*>& variables, std::map<std::string, uint64_t>& symbols, uint64_t from) {
+uint32_t lay_out(const std::vector<const Variable*>& variables, std::map<std::string, uint64_t>& symbols,
+                 uint64_t from) {
     uint64_t at = from;
     for (auto* one : variables) {
         if (one->elements == 0) continue;
