@@ -115,7 +115,7 @@ def results(call):
 @pytest.mark.parametrize("implementation", EMULATED)
 @pytest.mark.parametrize("name", CALLS)
 def test_every_schedule_gives_the_same_bits(name, implementation):
-    """And these are what torch computes, within what both may round; a gradient's terms may cancel in one of the two."""
+    """And these are what torch computes, within what both may round; in one of the two, terms may cancel wholly."""
     with ptx.diverted(schedules="all"), using(implementation):
         found = results(CALLS[name])
     with using("torch"):
