@@ -1,4 +1,4 @@
-"""Paged attention in decoding, even and skewed, and writes into the cache, against torch's ways and other libraries."""
+"""Paged attention in decoding, even and skewed, against torch's way and other libraries."""
 
 import functools
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from _common import Case, main, peer
 
-from fusedops import paged_attention, rotary, rotary_write_kv_cache, write_kv_cache
+from fusedops import paged_attention
 
 FLASH_KVCACHE = peer("flash_attn_interface", "flash_attn_with_kvcache") or peer("flash_attn", "flash_attn_with_kvcache")
 FLASHINFER_DECODE = peer("flashinfer", "BatchDecodeWithPagedKVCacheWrapper")
@@ -15,7 +15,6 @@ HEADS, KV_HEADS, DIM = 32, 8, 128  # Llama 3 8B
 EVEN = ((32, 4096), (1, 8192), (8, 8192), (64, 8192), (128, 4096), (256, 2048), (1, 131072), (4, 32768))  # (B, S)
 SKEWED = (131072, *[4096] * 31)
 STEPS = (2, 4, 12, 16, 24, 48)  # batches between those of EVEN, at 8192 tokens: time must grow evenly
-WRITTEN = (1, 128, 8192)  # tokens of one write
 SMALL = 9, 3, 64  # heads, key heads and head size on a CPU: SmolLM2-135M
 
 
@@ -89,58 +88,11 @@ def _error(case, arguments, out):
     return float((out.double() - wanted).norm() / wanted.norm())
 
 
-def indexed(k, v, k_cache, v_cache, slots):
-    """torch: assignments at places."""
-    k_cache.view(-1, *k.shape[1:])[slots] = k
-    v_cache.view(-1, *v.shape[1:])[slots] = v
-
-
-def write_case(tokens, device, dtype, sizes):
-    _, kv_heads, dim = sizes
-
-    def make(seed):
-        k, v = (torch.randn(tokens, kv_heads, dim, device=device).to(dtype) for _ in "kv")
-        caches = [torch.zeros(-(-tokens // 16) * 2, 16, kv_heads, dim, device=device, dtype=dtype) for _ in "kv"]
-        return k, v, *caches, torch.randperm(tokens * 2, device=device)[:tokens]
-
-    def ours(*arguments):
-        write_kv_cache(*arguments)
-        return arguments[2:4]
-
-    def torch_way(*arguments):
-        indexed(*arguments)
-        return arguments[2:4]
-
-    name = f"{tokens} tokens of {kv_heads}x{dim}"
-    return Case("write_kv_cache", name, dtype, make, {"fusedops": ours, "torch": torch_way}, {}, check=None)
-
-
-def rotary_write_case(tokens, device, dtype, sizes):
-    heads, kv_heads, dim = sizes
-
-    def make(seed):
-        q, k, v = (torch.randn(tokens, count, dim, device=device).to(dtype) for count in (heads, kv_heads, kv_heads))
-        angle = torch.rand(tokens, dim, device=device)
-        caches = [torch.zeros(-(-tokens // 16), 16, kv_heads, dim, device=device, dtype=dtype) for _ in "kv"]
-        return q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), *caches, torch.randperm(tokens, device=device)
-
-    def two_calls(q, k, v, cos, sin, k_cache, v_cache, slots):
-        turned, keys = rotary(q[None], k[None], cos[None], sin[None])
-        indexed(keys[0], v, k_cache, v_cache, slots)
-        return turned[0]
-
-    name = f"{tokens} tokens of {heads}/{kv_heads}x{dim}"
-    candidates = {"fusedops": rotary_write_kv_cache, "rotary, then torch": two_calls}
-    return Case("rotary_write_kv_cache", name, dtype, make, candidates, {}, check=None)
-
-
 def cases(device, quick):
     """Goals 3 and 4: even batches, one long sequence among short ones beside as many keys shared evenly, and steps."""
     if device == "cpu":
         for lengths in ([100] * 8, [512, 16, 16, 16]):
             yield decode_case(lengths, 16, device, torch.float32, f"{len(lengths)} of {max(lengths)}", sizes=SMALL)
-        yield write_case(128, device, torch.float32, SMALL)
-        yield rotary_write_case(128, device, torch.float32, SMALL)
         return
     dtype, even = torch.bfloat16, [sum(SKEWED) // len(SKEWED)] * len(SKEWED)
     for batch, length in EVEN[:2] if quick else EVEN:
@@ -152,9 +104,6 @@ def cases(device, quick):
         yield decode_case([4096] * 32, 16, device, dtype, "32x4096", code)
     for batch in () if quick else STEPS:
         yield decode_case([8192] * batch, 16, device, dtype, f"{batch}x8192")
-    for tokens in WRITTEN[-1:] if quick else WRITTEN:
-        yield write_case(tokens, device, dtype, (HEADS, KV_HEADS, DIM))
-        yield rotary_write_case(tokens, device, dtype, (HEADS, KV_HEADS, DIM))
 
 
 if __name__ == "__main__":

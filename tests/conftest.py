@@ -35,12 +35,14 @@ def _clean_state():
 
 
 @pytest.fixture(autouse=True)
-def _few_emulated_examples(request, monkeypatch):
-    """What is drawn is nearly always new to the compiler, and compiling takes longer than running."""
+def _few_emulated_examples(request):
+    """What is drawn is new to the compiler nearly every time, and compiling takes longer than running."""
     function = getattr(request, "function", None)
-    if request.node.get_closest_marker("emulated") and hasattr(function, "_hypothesis_internal_use_settings"):
-        few = settings(max_examples=settings.default.max_examples // EMULATED_SHARE)
-        monkeypatch.setattr(function, "_hypothesis_internal_use_settings", few)
+    with pytest.MonkeyPatch.context() as patch:  # the fixture monkeypatch would outlive those of the tests
+        if request.node.get_closest_marker("emulated") and hasattr(function, "_hypothesis_internal_use_settings"):
+            few = settings(max_examples=settings.default.max_examples // EMULATED_SHARE)
+            patch.setattr(function, "_hypothesis_internal_use_settings", few)
+        yield
 
 
 def pytest_collection_modifyitems(items):
