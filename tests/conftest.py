@@ -13,7 +13,7 @@ from fusedops._core import env
 from fusedops.testing import interpreter
 from fusedops.testing.ptx import build
 
-EMULATED_SHARE = 6  # of so many examples one is emulated
+EMULATED_SHARE = 12  # of so many examples one is emulated
 
 settings.register_profile("ci", derandomize=True, max_examples=25, deadline=None, database=None)
 settings.register_profile("deep", max_examples=1000, deadline=None)
