@@ -14,6 +14,7 @@ from fusedops.testing import interpreter
 from fusedops.testing.ptx import build
 
 EMULATED_SHARE = 12  # of so many examples one is emulated
+TURN = {"test_compile.py": 0, "test_attention_launches.py": 2}  # the longest first, who waits for its results last
 
 settings.register_profile("ci", derandomize=True, max_examples=25, deadline=None, database=None)
 settings.register_profile("deep", max_examples=1000, deadline=None)
@@ -46,7 +47,7 @@ def _few_emulated_examples(request):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_compile.py")  # the longest first, beside all others
+    items.sort(key=lambda item: TURN.get(item.path.name, 1))
     if build.missing() is not None:
         skip = pytest.mark.skip(reason=build.missing())
         for item in items:
