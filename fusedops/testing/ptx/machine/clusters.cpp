@@ -182,8 +182,7 @@ void griddepcontrol(Decoder& d) {
 }
 
 Step check_registers(Warp& warp, const Instruction& i, Mask active) {
-    if (Step step = warp.aligned(i, active); step != Step::Next) return step;
-    return Step::Next;
+    return warp.aligned(i, active);
 }
 
 // The count of registers of a warp is not limited here.

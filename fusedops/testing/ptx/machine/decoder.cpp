@@ -158,20 +158,24 @@ Slot Decoder::write(const Operand& operand, Type type) {
     return slot;
 }
 
-std::vector<Slot> Decoder::read_list(size_t index, Type type) {
-    const Operand& whole = operand(index);
+namespace {
+
+// f(part) of each of {a, b, ...}; a single operand is a list of one.
+template <class F> std::vector<Slot> each_part(const Operand& whole, F f) {
+    if (whole.kind != Operand::Vector) return {f(whole)};
     std::vector<Slot> slots;
-    if (whole.kind != Operand::Vector) return {read(whole, type)};
-    for (auto& part : whole.parts) slots.push_back(read(part, type));
+    for (auto& part : whole.parts) slots.push_back(f(part));
     return slots;
 }
 
+}  // namespace
+
+std::vector<Slot> Decoder::read_list(size_t index, Type type) {
+    return each_part(operand(index), [&](const Operand& part) { return read(part, type); });
+}
+
 std::vector<Slot> Decoder::write_list(size_t index, Type type) {
-    const Operand& whole = operand(index);
-    std::vector<Slot> slots;
-    if (whole.kind != Operand::Vector) return {write(whole, type)};
-    for (auto& part : whole.parts) slots.push_back(write(part, type));
-    return slots;
+    return each_part(operand(index), [&](const Operand& part) { return write(part, type); });
 }
 
 Slot Decoder::address(const Operand& operand, int64_t& offset, bool wide) {
