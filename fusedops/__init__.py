@@ -7,6 +7,7 @@ from fusedops.ops.attention import attention, attention_varlen, merge_attention
 from fusedops.ops.gated_activation import gelu_mul, silu_mul
 from fusedops.ops.layer_norm import add_layer_norm, layer_norm
 from fusedops.ops.paged_attention import paged_attention
+from fusedops.ops.quantize import quantize_fp8, quantize_int8
 from fusedops.ops.rms_norm import add_rms_norm, add_rms_norm_, rms_norm
 from fusedops.ops.rotary import rotary
 from fusedops.ops.write_kv_cache import rotary_write_kv_cache, write_kv_cache

@@ -2,8 +2,7 @@
 
 import torch
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-LEAST_SCALE = 2.0**-126  # the smallest normal number: a row of zeros has a scale too
+from fusedops._core import codes
 
 
 def write_kv_cache(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale):
@@ -32,16 +31,16 @@ def _write(x, cache, scale, places):
         cache[places] = x
         return
     x = x.float()
-    largest = LARGEST[cache.dtype]
     if scale is None:
-        codes = x
+        values = x.clone()
     elif scale.dim() == 3:
-        each = (x.abs().amax(-1) / largest).clamp_(min=LEAST_SCALE)
+        each = codes.scale_of(x.abs().amax(-1), cache.dtype)
         scale[places] = each
-        codes = x / each[..., None]
+        values = x / each[..., None]
     else:
-        codes = x / scale.reshape(-1, 1)
+        values = x / scale.reshape(-1, 1)
+    encoded = codes.encoded(values, cache.dtype, lowest=-128.0)
     if cache.dtype == torch.int8:
-        cache[places] = codes.nan_to_num(0.0).clamp_(-128.0, 127.0).round_().to(torch.int8)
+        cache[places] = encoded
     else:
-        cache.view(torch.uint8)[places] = codes.clamp(-largest, largest).to(cache.dtype).view(torch.uint8)
+        cache.view(torch.uint8)[places] = encoded.view(torch.uint8)
