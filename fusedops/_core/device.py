@@ -60,6 +60,7 @@ EMULATED = {
 }
 
 MIN_CAPABILITY = 80  # what Triton supports
+MIN_FP8_CAPABILITY = 89
 
 
 def cpu_name():
@@ -124,3 +125,13 @@ def triton_rejection(device):
     if device.type == "cpu":
         return None if interpreting() else "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
     return f"Triton kernels run on CUDA tensors, got {device.type}"
+
+
+def fp8_rejection(*tensors):
+    """Why Triton kernels cannot read or write these tensors where some are float8, or None."""
+    for tensor in tensors:
+        if tensor.dtype == torch.float8_e4m3fn:
+            capability = limits(tensor.device).capability
+            if capability < MIN_FP8_CAPABILITY:
+                return f"float8 needs compute capability {MIN_FP8_CAPABILITY / 10}, the device has {capability / 10}"
+    return None

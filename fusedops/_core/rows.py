@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fusedops._core.numbers import power_of_2
+
 # One program holds a row of up to this many elements in registers; longer rows are read in blocks, twice.
 MAX_BLOCK = 16384
 LOOP_BLOCK = 8192
@@ -18,7 +20,7 @@ class RowConfig:
 
 def default(n, max_block=MAX_BLOCK):
     """The configuration for rows of n elements. It never depends on the number of rows, so a row's result does not."""
-    block_n = 1 << max(n - 1, 0).bit_length()
+    block_n = power_of_2(n)
     if block_n > max_block:
         block_n = min(LOOP_BLOCK, max_block)
     block_m = max(1, 1024 // block_n)

@@ -5,7 +5,7 @@ import torch
 
 from fusedops import attention, attention_varlen
 from fusedops._core import device
-from fusedops.ops.attention import _torch, _triton
+from fusedops.ops.attention import _torch
 from fusedops.ops.attention._support import NOT_DIFFERENTIABLE, SUPPORT
 from fusedops.ops.attention._torch import flash
 from tests.ops.attention_problems import Problem, packed_lengths, qkv
@@ -70,8 +70,8 @@ def test_gradients_are_as_the_table_says(feature):
 
 
 def test_capabilities_are_those_of_the_kernels():
-    assert {capability for capability, _, _ in SUPPORT.values()} == {device.MIN_CAPABILITY, _triton.MIN_FP8_CAPABILITY}
-    assert {name for name, row in SUPPORT.items() if row[0] == _triton.MIN_FP8_CAPABILITY} == {
+    assert {capability for capability, _, _ in SUPPORT.values()} == {device.MIN_CAPABILITY, device.MIN_FP8_CAPABILITY}
+    assert {name for name, row in SUPPORT.items() if row[0] == device.MIN_FP8_CAPABILITY} == {
         "float8_e4m3fn", "q_scale, k_scale, v_scale"
     }  # fmt: skip
     assert NOT_DIFFERENTIABLE == {"float8_e4m3fn", "alibi_slopes", "mask", "q_scale", "k_scale", "v_scale"}

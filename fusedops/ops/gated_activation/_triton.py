@@ -6,6 +6,7 @@ import triton.language as tl
 
 from fusedops._core import rows
 from fusedops._core.launch import KernelExample
+from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.tl import row_offsets
 
 
@@ -104,7 +105,7 @@ def config(op, device_limits, *args):
 
 def _default(n):
     """Tiles of one size, as wide as the rows allow; results do not depend on it, since no element sees another."""
-    block_n = min(1 << max(n - 1, 0).bit_length(), BLOCK)
+    block_n = min(power_of_2(n), BLOCK)
     return rows.RowConfig(BLOCK // block_n, block_n, NUM_WARPS)
 
 
@@ -150,7 +151,7 @@ def _launch(gate, up, out, activation):
         return out.copy_(_launch(gate.contiguous(), up.contiguous(), None, activation))
     num_rows, n, inner, strides = layout
     tile = _default(n)
-    _gated_kernel[(triton.cdiv(num_rows, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+    _gated_kernel[(ceil_div(num_rows, tile.block_m) * ceil_div(n, tile.block_n),)](
         gate, up, out, *strides, num_rows, n, inner,
         ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
     )  # fmt: skip
@@ -168,7 +169,7 @@ def _launch_backward(grad, gate, up, activation):
         layout = _layout(*given)
     num_rows, n, inner, strides = layout
     tile = _default(n)
-    _gated_backward_kernel[(triton.cdiv(num_rows, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+    _gated_backward_kernel[(ceil_div(num_rows, tile.block_m) * ceil_div(n, tile.block_n),)](
         *given, dgate, dup, *strides, num_rows, n, inner,
         ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
     )  # fmt: skip

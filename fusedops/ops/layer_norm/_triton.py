@@ -12,6 +12,7 @@ import triton.language as tl
 from fusedops._core import rows
 from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
+from fusedops._core.numbers import ceil_div
 from fusedops._core.tl import row_offsets
 
 
@@ -227,7 +228,7 @@ def _launch(x, residual, weight, bias, out, h, eps):
     x_strides, out_strides = strides[0:2], strides[2:4]
     residual_strides, h_strides = (strides[4:6], strides[6:8]) if residual is not None else ((0, 0), (0, 0))
     tile = rows.default(n)
-    _layer_norm_kernel[(triton.cdiv(num_rows, tile.block_m),)](
+    _layer_norm_kernel[(ceil_div(num_rows, tile.block_m),)](
         x, residual, weight, bias, out, h,
         *x_strides, *residual_strides, *out_strides, *h_strides,
         num_rows, n, inner, eps,
@@ -253,7 +254,7 @@ def layer_norm_backward(grad, x, weight, bias, eps, grad_h):
     given = [rows.dense(tensor) for tensor in (grad, x, grad_h) if tensor is not None]
     given, (num_rows, inner, strides) = rows.stridable(*given)
     tile = rows.default(n, MAX_BLOCK_BACKWARD)
-    programs = min(triton.cdiv(num_rows, tile.block_m), 2 * limits(x.device).sm_count)
+    programs = min(ceil_div(num_rows, tile.block_m), 2 * limits(x.device).sm_count)
     partials = [None if p is None else x.new_empty((programs, n), dtype=torch.float32) for p in (weight, bias)]
     _layer_norm_backward_kernel[(programs,)](
         given[0], given[1], weight, given[2] if grad_h is not None else None, dx, *partials,

@@ -7,6 +7,7 @@ import triton.language as tl
 from fusedops._core import rows
 from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
+from fusedops._core.numbers import ceil_div
 from fusedops._core.tl import row_offsets
 
 
@@ -189,7 +190,7 @@ def _launch(x, residual, weight, out, h, eps, weight_offset, rounding):
     x_strides, out_strides = strides[0:2], strides[2:4]
     residual_strides, h_strides = (strides[4:6], strides[6:8]) if residual is not None else ((0, 0), (0, 0))
     tile = rows.default(n)
-    _rms_norm_kernel[(triton.cdiv(num_rows, tile.block_m),)](
+    _rms_norm_kernel[(ceil_div(num_rows, tile.block_m),)](
         x, residual, weight, out, h,
         *x_strides, *residual_strides, *out_strides, *h_strides,
         num_rows, n, inner, eps, weight_offset,
@@ -218,7 +219,7 @@ def rms_norm_backward(grad, x, weight, eps, weight_offset, grad_h):
     given = [rows.dense(tensor) for tensor in (grad, x, grad_h) if tensor is not None]
     given, (num_rows, inner, strides) = rows.stridable(*given)
     tile = rows.default(n, MAX_BLOCK_BACKWARD)
-    programs = min(triton.cdiv(num_rows, tile.block_m), 2 * limits(x.device).sm_count)
+    programs = min(ceil_div(num_rows, tile.block_m), 2 * limits(x.device).sm_count)
     partial = None if weight is None else x.new_empty((programs, n), dtype=torch.float32)
     _rms_norm_backward_kernel[(programs,)](
         given[0], given[1], weight, given[2] if grad_h is not None else None, dx, partial,

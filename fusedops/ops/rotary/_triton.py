@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fusedops._core.launch import KernelExample
+from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.rows import dense
 
 
@@ -107,9 +108,9 @@ class RotaryConfig:
 
 def default(num_heads, head_dim, rotary_dim):
     """Up to 2048 pairs a program: two 16-byte accesses of 16-bit values for each of 128 threads."""
-    block_half = triton.next_power_of_2(rotary_dim // 2)
-    block_rest = triton.next_power_of_2(max(head_dim - rotary_dim, 1))
-    block_h = max(1, min(2048 // block_half, triton.next_power_of_2(num_heads)))
+    block_half = power_of_2(rotary_dim // 2)
+    block_rest = power_of_2(max(head_dim - rotary_dim, 1))
+    block_h = max(1, min(2048 // block_half, power_of_2(num_heads)))
     return RotaryConfig(block_h, block_half, block_rest, max(1, min(block_h * block_half // 512, 4)))
 
 
@@ -136,7 +137,7 @@ def _launch(q, k, cos, sin, interleaved, backward):
         return out_q, out_k
     q, k, cos, sin = dense(q), dense(k), dense(cos), dense(sin)
     tile = default(max(heads, kv_heads), head_dim, rotary_dim)
-    blocks = triton.cdiv(heads, tile.block_h) + triton.cdiv(kv_heads, tile.block_h)
+    blocks = ceil_div(heads, tile.block_h) + ceil_div(kv_heads, tile.block_h)
     broadcast = cos.shape[0] == 1
     _rotary_kernel[(batch * length, blocks)](
         q, k, cos, sin, out_q, out_k,

@@ -10,11 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedops._core.device import limits
+from fusedops._core.device import MIN_FP8_CAPABILITY, fp8_rejection
 from fusedops._core.launch import KernelExample
+from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
+from fusedops._core.scales import scale_kind, scale_strides
 
-MIN_FP8_CAPABILITY = 89
 LARGEST_INT8 = tl.constexpr(127.0)
 LARGEST_FP8 = tl.constexpr(448.0)
 LEAST_SCALE = tl.constexpr(2.0**-126)  # the smallest normal number: a row of zeros has a scale too
@@ -197,20 +198,12 @@ class WriteConfig:
 
 def supports(first, *rest):
     """Why these kernels cannot run a call, or None."""
-    capability = limits(first.device).capability
-    fp8 = any(isinstance(t, torch.Tensor) and t.dtype == torch.float8_e4m3fn for t in rest)
-    if fp8 and capability < MIN_FP8_CAPABILITY:
-        return f"float8 needs compute capability {MIN_FP8_CAPABILITY / 10}, the device has {capability / 10}"
-    return None
-
-
-def _power_of_2(size):
-    return 1 << max(size - 1, 0).bit_length()
+    return fp8_rejection(*(t for t in rest if isinstance(t, torch.Tensor)))
 
 
 def default(head_dim, head_dim_v, rotary_dim):
     """2048 elements a program: two 16-byte accesses of 16-bit values for each of 128 threads."""
-    half, rest, dv = (_power_of_2(size) for size in (rotary_dim // 2, head_dim - rotary_dim, head_dim_v))
+    half, rest, dv = (power_of_2(size) for size in (rotary_dim // 2, head_dim - rotary_dim, head_dim_v))
     return WriteConfig(max(2048 // max(2 * half, rest, dv), 1), half, rest, dv)
 
 
@@ -233,31 +226,19 @@ def rotary_write_kv_cache(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, int
     return out
 
 
-def scale_kind(scale):
-    """ "none", "head" for one scale or one for each head, "token" for one beside every token and head."""
-    return "none" if scale is None else "token" if scale.dim() == 3 else "head"
-
-
-def _scale_strides(scale):
-    """(page, slot, head)."""
-    if scale is None:
-        return 0, 0, 0
-    return scale.stride() if scale.dim() == 3 else (0, 0, scale.stride(0) if scale.numel() > 1 else 0)
-
-
 def _launch(q, k, v, cos, sin, k_cache, v_cache, slots, interleaved, k_scale, v_scale, out):
     (total, kv_heads, dim), dv = k.shape, v.shape[2]
     rotary_dim, heads = (0, 0) if q is None else (cos.shape[1], q.shape[1])
     if not total or not max(heads, kv_heads):
         return
     tile = default(dim, dv, rotary_dim)
-    num_q_blocks = -(-total * heads // tile.block_m)
+    num_q_blocks = ceil_div(total * heads, tile.block_m)
     q_strides = (0,) * 2 if q is None else q.stride()[:2]
     out_strides = (0,) * 2 if q is None else out.stride()[:2]
     numbers = (
         *q_strides, *k.stride()[:2], *v.stride()[:2], *((0, 0) if q is None else (cos.stride(0), sin.stride(0))),
         slots.stride(0), *out_strides, *k_cache.stride()[:3], *v_cache.stride()[:3],
-        *_scale_strides(k_scale), *_scale_strides(v_scale), total, heads, kv_heads, num_q_blocks, k_cache.shape[0],
+        *scale_strides(k_scale), *scale_strides(v_scale), total, heads, kv_heads, num_q_blocks, k_cache.shape[0],
     )  # fmt: skip
     constants = {
         "HALF": rotary_dim // 2, "D": dim, "DV": dv, "INTERLEAVED": interleaved, "K_SCALE": scale_kind(k_scale),
@@ -265,7 +246,7 @@ def _launch(q, k, v, cos, sin, k_cache, v_cache, slots, interleaved, k_scale, v_
         "BLOCK_HALF": tile.block_half, "BLOCK_REST": tile.block_rest, "BLOCK_DV": tile.block_dv,
     }  # fmt: skip
     tensors = (k, v, q, cos, sin, slots, out, k_cache, v_cache, k_scale, v_scale)
-    programs = num_q_blocks + -(-total * kv_heads // tile.block_m)
+    programs = num_q_blocks + ceil_div(total * kv_heads, tile.block_m)
     _run((programs, 1, 1), tensors, numbers, constants, tile.num_warps)
 
 

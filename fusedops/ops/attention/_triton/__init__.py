@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from fusedops._core import rows
-from fusedops._core.device import limits
+from fusedops._core.device import MIN_FP8_CAPABILITY, fp8_rejection, limits
 from fusedops._core.launch import KernelExample
+from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
 from fusedops.ops.attention._triton import backward_launch, hopper_launch
 from fusedops.ops.attention._triton.forward import _attention_kernel
 from fusedops.ops.attention._triton.split_kv import _combine_kernel, _merge_kernel
 
 FP8 = torch.float8_e4m3fn
-MIN_FP8_CAPABILITY = 89
 _run_attention, _run_combine = Relauncher(_attention_kernel), Relauncher(_combine_kernel)
 MAX_SPLITS = 128  # the combining kernel holds the maxima of all of them
 MIN_SPLIT_BLOCKS = 2  # key blocks below which a part costs more than it saves
@@ -42,21 +42,9 @@ class JoinConfig:
     num_warps: int = 1
 
 
-def _power_of_2(size):
-    """The least power of two that is not smaller; many times as fast as Triton's, as `_ceil_div`."""
-    return 1 << (size - 1).bit_length()
-
-
-def _ceil_div(a, b):
-    return -(-a // b)
-
-
 def supports(first, *rest):
     """Why these kernels cannot run a call, or None."""
-    capability = limits(first.device).capability
-    if first.dtype == FP8 and capability < MIN_FP8_CAPABILITY:
-        return f"float8 needs compute capability {MIN_FP8_CAPABILITY / 10}, the device has {capability / 10}"
-    return None
+    return fp8_rejection(first)
 
 
 # (block_m, block_n, num_warps, num_stages) for head dims padded to the key, the largest that keep a loop in registers.
@@ -71,7 +59,7 @@ _FLOAT32 = {64: (32, 32, 4, 2), 128: (32, 16, 8, 2), 256: (16, 32, 8, 2), 512: (
 def default(num_rows, head_dim, head_dim_v, itemsize, masked, device_limits):
     """The tile for packs of num_rows rows: from the table, then smaller until the device's shared memory holds it."""
     smallest = 32 if itemsize == 1 else 16  # the least that a tensor core sums over
-    block_d, block_dv = (max(_power_of_2(size), smallest) for size in (head_dim, head_dim_v))
+    block_d, block_dv = (max(power_of_2(size), smallest) for size in (head_dim, head_dim_v))
     if itemsize == 4:
         table = _FLOAT32
     elif num_rows <= 16 and not masked:
@@ -95,7 +83,7 @@ def default(num_rows, head_dim, head_dim_v, itemsize, masked, device_limits):
 @functools.lru_cache(maxsize=64)
 def default_join(head_dim_v):
     """The tile of the kernels that join states: one warp, of which each thread reads 16 values of a state."""
-    block_dv = _power_of_2(head_dim_v)
+    block_dv = power_of_2(head_dim_v)
     return JoinConfig(max(512 // block_dv, 1), block_dv)
 
 
@@ -127,8 +115,8 @@ def config(op, device_limits, *args):
     pack = _pack(q, k, mask)
     tile = default(max_q * pack, q.shape[-1], v.shape[-1], q.element_size(), mask is not None, device_limits)
     reach = min(max_k, (max_k if left is None else left) + (max_k if right is None else right) + max_q)
-    programs = _ceil_div(max_q * pack, tile.block_m) * (q.shape[-2] // pack) * batch
-    splits = num_splits(tile, programs, _ceil_div(reach, tile.block_n), device_limits)
+    programs = ceil_div(max_q * pack, tile.block_m) * (q.shape[-2] // pack) * batch
+    splits = num_splits(tile, programs, ceil_div(reach, tile.block_n), device_limits)
     hopper = None
     if splits == 1:
         hopper = hopper_launch.config(
@@ -195,7 +183,7 @@ def _launch(
         return
     heads, pack = q.shape[-2], _pack(q, k, mask)
     left, right = _bounds(max_q, max_k, causal, window_left, window_right)
-    num_blocks = _ceil_div(max_q * pack, tile.block_m)
+    num_blocks = ceil_div(max_q * pack, tile.block_m)
     num_rows, dv = out.numel() // out.shape[-1], out.shape[-1]
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     if mask_kind == "bool":
@@ -261,13 +249,13 @@ def _wide(tile, stride_k, stride_v, mask):
 def _combine(parts, states, sinks, out, lse, natural):
     length, heads, dv = out.shape[-3:]
     number, _, num_rows = states.shape
-    block_dv, block_splits = min(_power_of_2(dv), 128), _power_of_2(number)
+    block_dv, block_splits = min(power_of_2(dv), 128), power_of_2(number)
     constants = {
         "HAS_SINKS": sinks is not None, "NATURAL": natural, "DV": dv, "BLOCK_DV": block_dv,
         "BLOCK_SPLITS": block_splits,
     }  # fmt: skip
     _run_combine(
-        (num_rows, _ceil_div(dv, block_dv), 1), (parts, states, sinks, out, lse), (length, heads, num_rows, number),
+        (num_rows, ceil_div(dv, block_dv), 1), (parts, states, sinks, out, lse), (length, heads, num_rows, number),
         constants, _warps_of_join(block_splits * block_dv),
     )  # fmt: skip
 
@@ -285,7 +273,7 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
         return out, lse
     (out_a, out_b), (num_rows, inner, strides) = rows.stridable(rows.dense(out_a), rows.dense(out_b))
     tile = default_join(dv)
-    _merge_kernel[(_ceil_div(num_rows, tile.block_m),)](
+    _merge_kernel[(ceil_div(num_rows, tile.block_m),)](
         out_a, lse_a.contiguous(), out_b, lse_b.contiguous(), out, lse, *strides, length, heads, num_rows, inner,
         DV=dv, BLOCK_M=tile.block_m, BLOCK_DV=tile.block_dv, num_warps=tile.num_warps,
     )  # fmt: skip

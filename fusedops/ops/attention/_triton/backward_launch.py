@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from fusedops._core.device import KIB, limits
 from fusedops._core.launch import KernelExample
+from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.rows import dense
 from fusedops.ops.attention._triton.backward import (
     _attention_delta_kernel,
@@ -71,7 +71,7 @@ def default(width, element_size, has_softcap, mask_kind, device_limits):
 
 def padded(head_dim):
     """The width of the tile that holds a head."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_2(head_dim))
 
 
 def attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options):
@@ -114,12 +114,12 @@ def _launch(
         "stride_row_h": row_lse.stride(1), "cu_q_ptr": cu_q, "cu_k_ptr": cu_k,
         "group": heads // max(kv_heads, 1), "Sq": num_queries, "Sk": num_keys, **options, **constants,
     }  # fmt: skip
-    programs = triton.cdiv(num_keys, dkdv.block_n) * kv_heads * batch
+    programs = ceil_div(num_keys, dkdv.block_n) * kv_heads * batch
     for has in _passes(dkdv) if programs else ():
         _attention_dkdv_kernel[(programs,)](
             **inputs, **_layout(dk=dk, dv=dv, varlen=is_varlen), Hk=kv_heads, **has, **_tile(dkdv)
         )
-    programs = triton.cdiv(num_queries, dq_tile.block_m) * heads * batch
+    programs = ceil_div(num_queries, dq_tile.block_m) * heads * batch
     if programs:
         _attention_dq_kernel[(programs,)](**inputs, **_layout(dq=dq, varlen=is_varlen), H=heads, **_tile(dq_tile))
     return dq, dk, dv, dsinks
@@ -132,7 +132,7 @@ def _prepare(grad_out, grad_lse, out, lse, sinks, cu_q, sizes, natural):
     row_lse, delta = (torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in "ld")
     block_dv = padded(value_dim)
     block_m = DELTA_ELEMENTS // block_dv
-    blocks = triton.cdiv(num_queries, block_m)
+    blocks = ceil_div(num_queries, block_m)
     terms = None if sinks is None else delta.new_empty((batch, heads, blocks))
     is_varlen = cu_q is not None
     if batch * heads * blocks:

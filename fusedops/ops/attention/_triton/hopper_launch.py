@@ -4,10 +4,10 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from fusedops._core.device import INTERPRETER, MIB
 from fusedops._core.launch import KernelExample
+from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.tl import LOG2E
 
 ARCH = "sm_90a"
@@ -44,7 +44,7 @@ def default(head_dim, head_dim_v, itemsize, plain):
 
     `plain`: no left window, softcap, sink or packed sequences.
     """
-    block_d, block_dv = (max(64, triton.next_power_of_2(size)) for size in (head_dim, head_dim_v))
+    block_d, block_dv = (max(64, power_of_2(size)) for size in (head_dim, head_dim_v))
     num_groups = 3 if plain and block_d == block_dv == 64 else 2
     block_n = 64 if max(block_d, block_dv) == MAX_D else 128
     return HopperConfig(num_groups, block_n, block_d, block_dv, 2, block_d == block_dv == MAX_D and itemsize == 2)
@@ -151,7 +151,7 @@ def launch(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, batch, max_q, max_k, bound
     left, right = bounds
     heads, kv_heads = q.shape[2], k.shape[2]
     group = heads // kv_heads
-    num_m = triton.cdiv(max_q, 64 * tile.num_groups)
+    num_m = ceil_div(max_q, 64 * tile.num_groups)
     num_tiles = num_m * batch * heads
     ragged = varlen or right is not None  # then all heads take turns, so that work is shared out by length
     kv_bytes = max_k * (k.shape[3] + v.shape[3]) * k.element_size()

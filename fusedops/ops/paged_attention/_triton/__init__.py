@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedops._core.device import limits
+from fusedops._core.device import fp8_rejection, limits
+from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
+from fusedops._core.scales import scale_kind, scale_strides
 from fusedops.ops.paged_attention._triton import launches
 from fusedops.ops.paged_attention._triton.combine import _combine_kernel
 from fusedops.ops.paged_attention._triton.forward import _paged_attention_kernel
 from fusedops.ops.paged_attention._triton.schedule import MIN_SPLIT_KEYS as _MIN_SPLIT_KEYS
 
 MIN_SPLIT_KEYS = _MIN_SPLIT_KEYS.value
-MIN_FP8_CAPABILITY = 89
 MAX_SPLIT_BATCH = 1024  # sequences beyond which nothing is split: every program reads all lengths at once
 WAVES = 4  # so many parts for each place on the device, that places are left when the longest ends
 FIXED_ROWS = 64  # of a tile where num_splits is given: it must not depend on other sequences' queries
@@ -39,20 +40,9 @@ class PagedConfig:
     extra: int = 0
 
 
-def _power_of_2(size):
-    return 1 << (size - 1).bit_length()
-
-
-def _ceil_div(a, b):
-    return -(-a // b)
-
-
 def supports(q, k_cache, *rest):
     """Why these kernels cannot run a call, or None."""
-    capability = limits(q.device).capability
-    if k_cache.dtype == torch.float8_e4m3fn and capability < MIN_FP8_CAPABILITY:
-        return f"float8 needs compute capability {MIN_FP8_CAPABILITY / 10}, the device has {capability / 10}"
-    return None
+    return fp8_rejection(k_cache)
 
 
 # (block_m, block_n, num_warps, num_stages) for head dims padded to the key. Tiles are those of attention's kernel, so
@@ -67,7 +57,7 @@ _FLOAT32 = {64: (32, 32, 4, 5), 128: (32, 16, 8, 5), 256: (16, 32, 8, 5), 512: (
 @functools.lru_cache(maxsize=4096)
 def default(num_rows, head_dim, head_dim_v, itemsize, cache_itemsize, window, tree, device_limits):
     """The tile for sequences of up to num_rows rows: from the table, smaller until the shared memory holds it."""
-    block_d, block_dv = (max(_power_of_2(size), 16) for size in (head_dim, head_dim_v))
+    block_d, block_dv = (max(power_of_2(size), 16) for size in (head_dim, head_dim_v))
     if itemsize == 4:
         table = _FLOAT32
     else:
@@ -109,7 +99,7 @@ def extra_slots(batch, kv_heads, capacity, device_limits):
     if batch > MAX_SPLIT_BATCH or capacity <= MIN_SPLIT_KEYS:
         return 0
     places = 2 * device_limits.sm_count  # two programs share a multiprocessor
-    return min(_ceil_div(WAVES * places, kv_heads), batch * _ceil_div(capacity, MIN_SPLIT_KEYS))
+    return min(ceil_div(WAVES * places, kv_heads), batch * ceil_div(capacity, MIN_SPLIT_KEYS))
 
 
 def config(op, device_limits, *args):
@@ -131,18 +121,6 @@ def config(op, device_limits, *args):
 def _left(window_left, capacity):
     """Keys that a query sees before its own; None where that hides none."""
     return window_left if 0 <= window_left < capacity - 1 else None
-
-
-def scale_kind(scale):
-    """ "none", "head" for one scale or one for each head, "token" for one beside every key."""
-    return "none" if scale is None else "token" if scale.dim() == 3 else "head"
-
-
-def _scale_strides(scale):
-    """(page, slot, head)."""
-    if scale is None:
-        return 0, 0, 0
-    return scale.stride() if scale.dim() == 3 else (0, 0, scale.stride(0) if scale.numel() > 1 else 0)
 
 
 def paged_attention(
@@ -172,7 +150,7 @@ def paged_attention(
     left = _left(window_left, capacity)
     right = 0 if causal else window_right
     has_right = 0 <= right < max_seqlen_q - 1
-    num_blocks = _ceil_div(max_seqlen_q * group, tile.block_m)
+    num_blocks = ceil_div(max_seqlen_q * group, tile.block_m)
     tensors = (
         q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, sinks, alibi_slopes, k_scale, v_scale, tree_mask,
         out, lse, parts, states,
@@ -180,14 +158,14 @@ def paged_attention(
     numbers = (
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
         alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
-        *_scale_strides(k_scale), *_scale_strides(v_scale), 0 if tree_mask is None else tree_mask.stride(0),
+        *scale_strides(k_scale), *scale_strides(v_scale), 0 if tree_mask is None else tree_mask.stride(0),
         total, batch, num_pages, capacity, num_blocks, kv_heads, group, tile.extra, tile.num_splits,
         0 if tree_mask is None else tree_mask.shape[1], part_rows,
         float(softmax_scale), float(softcap), left or 0, max(right, 0),
     )  # fmt: skip
     shared = {"SPLITS": tile.splits, "IS_VARLEN": cu_seqlens_q is not None, "HAS_LEFT": left is not None}
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    block_b = _power_of_2(batch) if tile.splits == "auto" else 1
+    block_b = power_of_2(batch) if tile.splits == "auto" else 1
     constants = {
         **shared, "HAS_RIGHT": has_right, "HAS_SOFTCAP": softcap > 0.0, "HAS_ALIBI": alibi_slopes is not None,
         "HAS_SINKS": sinks is not None, "HAS_TREE": tree_mask is not None, "K_SCALE": scale_kind(k_scale),
@@ -208,9 +186,9 @@ def paged_attention(
 def _combine(tensors, sizes, constants):
     """Launch the kernel that joins the parts: a program for each row that may have any."""
     _, batch, _, kv_heads, *_, part_rows, _ = sizes
-    block_dv = min(_power_of_2(constants["DV"]), 128)
+    block_dv = min(power_of_2(constants["DV"]), 128)
     constants = {**constants, "BLOCK_DV": block_dv, "BLOCK_SPLITS": BLOCK_SPLITS}
-    grid = batch * kv_heads * part_rows, _ceil_div(constants["DV"], block_dv), 1
+    grid = batch * kv_heads * part_rows, ceil_div(constants["DV"], block_dv), 1
     _run_combine(grid, tensors, sizes, constants, 4)
 
 
