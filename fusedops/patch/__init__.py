@@ -19,10 +19,11 @@ from torch import nn
 
 from fusedops.patch.handle import PatchedModel, patched_modules, restore_all
 from fusedops.patch.instance import states_of
+from fusedops.patch.paged_cache import PagedCache
 from fusedops.patch.plan import Plan
 from fusedops.patch.report import KINDS, Report, Row
 
-__all__ = ["PatchedModel", "Report", "Row", "patch", "patched", "unpatch"]
+__all__ = ["PagedCache", "PatchedModel", "Report", "Row", "patch", "patched", "unpatch"]
 
 
 def patch(

@@ -16,7 +16,7 @@ from fusedops._core import env
 from fusedops._core.register import operators
 from fusedops.ops.attention import attention, reference
 from fusedops.ops.attention._options import MAX_D, STEP_D, WHOLE_D
-from fusedops.patch import masks
+from fusedops.patch import masks, paged_states
 from fusedops.patch.calls import read_forward
 from fusedops.patch.instance import ATTENTION_ATTRIBUTE, UNSUPPORTED, State, record_fallback
 from fusedops.patch.probing import agreement, attempt, detached_copy, generator
@@ -168,6 +168,11 @@ def attention_forward(
         reason = "a mask without four dimensions"
     if reason is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if type(key) is paged_states.PagedStates:
+            try:
+                return paged_states.attend(query, key, value, attention_mask, scaling, softcap, s_aux, causal), None
+            except UNSUPPORTED as error:  # below, keys and values are gathered by the first operator that gets them
+                record_fallback(state.fallbacks, type(module).__name__, error, (query,))
         try:
             return _compute(query, key, value, attention_mask, scaling, softcap, s_aux, causal), None
         except UNSUPPORTED as error:
