@@ -6,6 +6,7 @@ Every message reads `<op>: <argument> must <rule>, got <value>`. Nothing is allo
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # of a matmul's result
 
 
 def bind_shapes(op, **tensors):
@@ -198,6 +199,11 @@ def check_choice(op, name, value, choices):
     """Raise ValueError where a string argument is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_activation(op, activation):
+    """Raise ValueError where the activation of a matmul's result is neither None nor one of ACTIVATIONS."""
+    check_choice(op, "activation", activation, (None, *ACTIVATIONS))
 
 
 def check_eps(op, eps):

@@ -1,4 +1,4 @@
-"""Helpers that Triton kernels of several operators share: offsets of rows, and the arithmetic of attention.
+"""Helpers that Triton kernels of several operators share: offsets of rows, activations, the arithmetic of attention.
 
 A query at position p among the keys (p = i + Sk - Sq) may see the keys p - window_left to p + window_right; a bound
 that is not there is HAS_LEFT or HAS_RIGHT False. Causal is HAS_RIGHT with window_right = 0. Scores are in natural
@@ -17,6 +17,23 @@ def row_offsets(rows, inner, stride_outer, stride_inner):
     """Element offsets of rows laid out as by `rows.collapse`, in int64 before any multiplication."""
     rows = rows.to(tl.int64)
     return (rows // inner) * stride_outer + (rows % inner) * stride_inner
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """An activation of float32 values, or "none"; where exp overflows, the quotient is the zero that it tends to."""
+    if ACTIVATION == "silu":
+        y = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # x * (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)) with 2 sqrt(2 / pi) = 1.59...
+        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "relu":
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        y = x
+    return y
 
 
 @triton.jit

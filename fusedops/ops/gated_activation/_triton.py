@@ -7,7 +7,7 @@ import triton.language as tl
 from fusedops._core import rows
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
-from fusedops._core.tl import row_offsets
+from fusedops._core.tl import activate, row_offsets
 
 
 @triton.jit
@@ -16,20 +16,8 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """The activation of float32 values; where exp overflows, the quotient is the zero that it tends to."""
-    if ACTIVATION == "silu":
-        y = x / (1.0 + tl.exp(-x))
-    elif ACTIVATION == "gelu":
-        y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    else:  # x * (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)) with 2 sqrt(2 / pi) = 1.59...
-        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    return y
-
-
-@triton.jit
 def _slope(x, ACTIVATION: tl.constexpr):
-    """The derivative of `_activate`."""
+    """The derivative of `activate`."""
     if ACTIVATION == "silu":
         share = _sigmoid(x)
         slope = share * (1.0 + x * (1.0 - share))
@@ -67,7 +55,7 @@ def _gated_kernel(
     out_rows = out_ptr + row_offsets(offs_m, inner, stride_out_outer, stride_out_inner)[:, None]
     gate = tl.load(gate_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
-    activated = _activate(gate, ACTIVATION).to(dtype).to(tl.float32)
+    activated = activate(gate, ACTIVATION).to(dtype).to(tl.float32)
     tl.store(out_rows + offs_n, (activated * up).to(dtype), mask=mask)
 
 
@@ -87,7 +75,7 @@ def _gated_backward_kernel(
     grad = tl.load(grad_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
-    activated = _activate(gate, ACTIVATION).to(dtype).to(tl.float32)
+    activated = activate(gate, ACTIVATION).to(dtype).to(tl.float32)
     offsets = (offs_m * N)[:, None] + offs_n
     tl.store(dgate_ptr + offsets, (grad * up * _slope(gate, ACTIVATION)).to(dtype), mask=mask)
     tl.store(dup_ptr + offsets, (grad * activated).to(dtype), mask=mask)
