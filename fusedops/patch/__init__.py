@@ -18,7 +18,7 @@ from types import ModuleType
 from torch import nn
 
 from fusedops.patch.handle import PatchedModel, patched_modules, restore_all
-from fusedops.patch.instance import states_of
+from fusedops.patch.instance import all_states
 from fusedops.patch.paged_cache import PagedCache
 from fusedops.patch.plan import Plan
 from fusedops.patch.report import KINDS, Report, Row
@@ -59,7 +59,7 @@ def patch(
     plan = Plan(model, kinds, strict)
     if strict and not plan.replacements:
         raise ValueError(f"patch: model must contain something to replace, got {_nothing_found(model, kinds, plan)}")
-    handle = PatchedModel(model, plan.replacements, Report(plan.rows, dry_run))
+    handle = PatchedModel(model, plan.replacements, Report(plan.rows, dry_run), plan.engines)
     if dry_run:
         handle.replacements = []
     elif verify and plan.replacements:
@@ -102,9 +102,9 @@ def unpatch(model):
     Raises:
         RuntimeError: something else has replaced a forward since. Nothing is undone then.
     """
-    modules = [module for _, module in patched_modules(model)]
-    restore_all([(module, state) for module in modules for state in states_of(module)])
-    return len(modules)
+    number = len(patched_modules(model))
+    restore_all(all_states(model))
+    return number
 
 
 def _check(model, kinds):

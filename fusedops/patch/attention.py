@@ -16,7 +16,7 @@ from fusedops._core import env
 from fusedops._core.register import operators
 from fusedops.ops.attention import attention, reference
 from fusedops.ops.attention._options import MAX_D, STEP_D, WHOLE_D
-from fusedops.patch import masks, paged_states
+from fusedops.patch import continuous_attention, masks, paged_states
 from fusedops.patch.calls import read_forward
 from fusedops.patch.instance import ATTENTION_ATTRIBUTE, UNSUPPORTED, State, record_fallback
 from fusedops.patch.probing import agreement, attempt, detached_copy, generator
@@ -122,9 +122,9 @@ class AttentionState(State):
         module.__dict__[self.attribute] = self
         self.switch.on()
 
-    def is_covered(self, module):
-        """Never: a function that was chosen since is kept."""
-        return False
+    def obstacle(self, module):
+        """Never one: a function that was chosen since is kept."""
+        return None
 
     def restore(self, module):
         """Take the mark away; `switch_off` is for whoever knows which other modules read the config."""
@@ -155,6 +155,9 @@ def attention_forward(
         ``([B, S, H, D], None)``; with the weights where they are asked for.
     """
     state = getattr(module, ATTENTION_ATTRIBUTE, None)
+    options = (scaling, dropout, sliding_window, softcap, s_aux, is_causal)
+    if kwargs.get("cache") is not None:
+        return _paged_forward(module, state, query, key, value, options, kwargs)
     reason = None
     if state is None:
         reason = ""
@@ -162,8 +165,8 @@ def attention_forward(
         reason = "dropout in training"
     elif kwargs.get("output_attentions"):
         reason = "the weights are asked for"
-    elif kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
-        reason = "a position bias or a paged cache"
+    elif kwargs.get("position_bias") is not None:
+        reason = "a position bias"
     elif attention_mask is not None and attention_mask.dim() != 4:
         reason = "a mask without four dimensions"
     if reason is None:
@@ -179,9 +182,41 @@ def attention_forward(
             reason = error
     if state is not None and not _is_compiling():
         record_fallback(state.fallbacks, type(module).__name__, reason, (query,))
-    options = (scaling, dropout, sliding_window, softcap, s_aux, is_causal)
-    given = {name: option for name, option in zip(OPERATOR_OPTIONS, options, strict=True) if option is not None}
-    return run_stock(module, state, query, key, value, attention_mask, {**given, **kwargs})
+    return run_stock(module, state, query, key, value, attention_mask, {**_given(options), **kwargs})
+
+
+def _given(options):
+    """{name: value} of the options of an attention function that are not None."""
+    return {name: value for name, value in zip(OPERATOR_OPTIONS, options, strict=True) if value is not None}
+
+
+def paged_forward(module, state, query, key, value, options, kwargs):
+    """`attention_forward` on the paged cache of transformers' continuous batching, which says itself who sees what."""
+    scaling, dropout, _, softcap, sinks, _ = options
+    call = continuous_attention.Call(module, key, value, kwargs)
+    reason = "dropout in training" if dropout else None
+    if state is not None and reason is None:
+        try:
+            return call.attend(query, scaling, softcap, sinks), None
+        except UNSUPPORTED as error:
+            reason = error
+    if state is not None:
+        record_fallback(state.fallbacks, type(module).__name__, reason, (query,))
+    key, value, mask = call.dense()
+    rest = {name: value for name, value in kwargs.items() if name != "cache"}
+    return run_stock(module, state, query, key, value, mask, {**_given(options), **rest})
+
+
+_paged_forward = paged_forward
+
+
+def enable_paged():
+    """Keep the compiler out of paged attention, as transformers keeps it out of its cache.
+
+    Not before an engine is made: the decorator imports the compiler.
+    """
+    global _paged_forward
+    _paged_forward = torch.compiler.disable(paged_forward)
 
 
 def _compute(query, key, value, mask, scaling, softcap, sinks, causal):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from fusedops.patch import attention, instance
+from fusedops.patch.continuous import unsupported
 from fusedops.patch.rotary import RotaryState
 
 
@@ -17,11 +18,15 @@ class PatchedModel:
         report: The `Report`.
     """
 
-    def __init__(self, model, replacements, report):
+    def __init__(self, model, replacements, report, engines=()):
         self.model = model
         self.report = report
         self.replacements = replacements
+        self._engines = engines
         self._installed = []
+        if engines:
+            reason = unsupported()
+            report.engine = reason or "generate_batch -> paged_attention; attention_varlen where a window slides"
 
     def apply(self):
         """Set the instance attributes of every module in the plan; all or none."""
@@ -29,6 +34,9 @@ class PatchedModel:
             for replacement in self.replacements:
                 self._installed.append((replacement.module, replacement.state))
                 instance.install(replacement.module, replacement.state)
+            for module, state in self._engines:
+                self._installed.append((module, state))
+                instance.install(module, state)
         except BaseException:
             self.undo()
             raise
@@ -86,10 +94,9 @@ def restore_all(installed, staying=()):
     """
     installed = [(module, state) for module, state in installed if instance.carries(module, state)]
     for module, state in installed:
-        if state.is_covered(module):
-            raise RuntimeError(
-                f"undo: the forward of a {type(module).__name__} was replaced after patching; undo that first"
-            )
+        obstacle = state.obstacle(module)
+        if obstacle is not None:
+            raise RuntimeError(f"undo: {obstacle}")
     for module, state in installed:
         state.restore(module)
     attention.switch_off([state for _, state in installed], [state for _, state in staying])

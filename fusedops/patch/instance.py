@@ -15,6 +15,7 @@ from fusedops._core.dispatch import apply_fallback_policy
 
 ATTRIBUTE = "_fusedops"
 ATTENTION_ATTRIBUTE = "_fusedops_attention"  # an attention can be replaced and its rotary function too
+ENGINE_ATTRIBUTE = "_fusedops_engine"  # of the model that has continuous batching
 HOOKED_SLOT = "_old_forward"  # where accelerate keeps the forward that its hook wraps
 
 # What the operators raise before they do anything for arguments they do not take.
@@ -48,9 +49,11 @@ class State:
         attributes[self.attribute] = self
         attributes[self.slot] = partial(self.function, module)
 
-    def is_covered(self, module):
-        """Whether something else stands where our function was; a slot that is simply gone needs no restoring."""
-        return place_of(module) is None and self.slot in module.__dict__
+    def obstacle(self, module):
+        """Why `restore` must not be called now, or None; a slot that is simply gone needs no restoring."""
+        if place_of(module) is None and self.slot in module.__dict__:
+            return f"the forward of a {type(module).__name__} was replaced after patching; undo that first"
+        return None
 
     def restore(self, module):
         """Put back what `install` replaced."""
@@ -101,9 +104,16 @@ def state_of(module):
 
 
 def states_of(module):
-    """Every State of a module."""
+    """Every State of a module that is replaced."""
     found = (module.__dict__.get(name) for name in (ATTRIBUTE, ATTENTION_ATTRIBUTE))
     return [state for state in found if isinstance(state, State)]
+
+
+def all_states(model):
+    """(module, State) of everything that was set in a model."""
+    engines = ((module, module.__dict__.get(ENGINE_ATTRIBUTE)) for module in model.modules())
+    found = [(module, state) for module, state in engines if isinstance(state, State)]
+    return found + [(module, state) for module in model.modules() for state in states_of(module)]
 
 
 def carries(module, state):

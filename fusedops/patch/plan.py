@@ -7,6 +7,7 @@ from torch import nn
 
 from fusedops.patch import rebuild, residual
 from fusedops.patch.attention import AttentionState, Switch, find_attention, previous_name
+from fusedops.patch.continuous import find_engine
 from fusedops.patch.gates import GATE_METHOD, find_gate
 from fusedops.patch.instance import State, foreign_forward
 from fusedops.patch.norms import find_norm
@@ -46,6 +47,7 @@ class Plan:
         self.rows = []
         self._taken = {}
         self._switches = {}
+        self.engines = []
         with probing():
             for path, module in model.named_modules():
                 for kind, find in FINDERS.items():
@@ -54,6 +56,9 @@ class Plan:
                         self._add(path, module, kind, found)
         if "residual" in kinds:
             self._find_residuals()
+        if self._switches:
+            found = ((module, find_engine(module)) for module in model.modules())
+            self.engines = [(module, state) for module, state in found if state is not None]
 
     def _add(self, path, module, kind, found):
         """Take a finding into the plan, as a replacement or as a skipped row."""

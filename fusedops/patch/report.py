@@ -56,11 +56,13 @@ class Report:
         rows: One Row per module that was replaced, or recognised and skipped.
         dry_run: Whether the model was left as it is.
         measured: Results of ``verify=True``, one per kind and one for the whole model.
+        engine: What transformers' continuous batching runs on; empty where the model has none.
     """
 
     rows: list = field(default_factory=list)
     dry_run: bool = False
     measured: list = field(default_factory=list)
+    engine: str = ""
 
     @property
     def replaced(self):
@@ -85,6 +87,7 @@ class Report:
             "dry_run": self.dry_run,
             "rows": [asdict(row) for row in self.rows],
             "measured": [asdict(entry) for entry in self.measured],
+            "engine": self.engine,
         }
 
     def __str__(self):
@@ -92,6 +95,8 @@ class Report:
         lines += _table(self.replaced, lambda row: row.replacement) or ["  nothing"]
         if self.skipped:
             lines += ["skipped", *_table(self.skipped, lambda row: row.reason)]
+        if self.engine:
+            lines.append(f"continuous batching\n  {self.engine}")
         if self.measured:
             lines += ["verified (rms and peak difference in epsilons, with the budget)"]
             lines += [

@@ -172,12 +172,6 @@ def test_pickle_in_another_process(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_continuous_batching_is_refused():
-    """transformers names what it accepts there; nothing is computed without a mask."""
-    with only_attention(tiny("llama")) as handle, pytest.raises(ValueError, match="not supported for continuous"):
-        handle.model.generate_batch([[3, 4, 5], [6, 7]], max_new_tokens=2)
-
-
 def test_saved_model_knows_nothing_of_it(tmp_path):
     model, ids = tiny("llama"), tokens()
     expected = logits(model, ids)
