@@ -4,10 +4,10 @@ import argparse
 import os
 import sys
 
-from fusedops.cli import bench, demo, doctor, explain
+from fusedops.cli import bench, bench_model, demo, doctor, explain
 from fusedops.cli.console import CommandError
 
-COMMANDS = {"demo": demo, "bench": bench, "explain": explain, "doctor": doctor}
+COMMANDS = {"demo": demo, "bench": bench, "bench model": bench_model, "explain": explain, "doctor": doctor}
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -31,6 +31,9 @@ def build_parser():
 
 def main(argv=None):
     """Run one command and return its exit status: 0 is well, 1 is a failed check, 2 is bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(argv[:2]) in COMMANDS:  # a command of two words
+        argv[:2] = [" ".join(argv[:2])]
     args = build_parser().parse_args(argv)
     try:
         return COMMANDS[args.command].run(args)

@@ -1,12 +1,7 @@
 """Watch a real language model answer through the fused operators, and compare its speed without them."""
 
-import argparse
-import datetime
-import os
-
-from fusedops._core.device import cpu_name
-from fusedops.cli import models
-from fusedops.cli.console import CommandError, Console, check_output, first_line, write_json
+from fusedops.cli import models, setting
+from fusedops.cli.console import Console, check_output, write_json
 
 PROMPT = "What is the capital of France?"
 MIB = 2**20
@@ -21,26 +16,17 @@ ROWS = (
 
 def add_arguments(parser):
     """Declare the command's arguments."""
-    parser.add_argument(
-        "--model", metavar="DIR|ID", help=f"directory or hub id of a model (default: {models.DEMO_NAME})"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="auto: float32 on cpu, bfloat16 on cuda",
-    )
+    setting.add_arguments(parser)
     parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"default: {PROMPT!r}")
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=setting.positive,
         default=64,
         metavar="N",
         help="length limit of the answer, and of each timed run",
     )
     parser.add_argument(
-        "--rounds", type=_positive, default=6, metavar="N", help="timed rounds, unpatched and patched in each"
+        "--rounds", type=setting.positive, default=6, metavar="N", help="timed rounds, unpatched and patched in each"
     )
     parser.add_argument(
         "--no-compare", action="store_true", help="only the answer, without the unpatched model and the timing"
@@ -48,28 +34,18 @@ def add_arguments(parser):
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured to a file")
 
 
-def _positive(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
 def run(args):
     """Run the command; 1 where the greedy tokens of the patched model differ in float32."""
     console = Console()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before our own work counts
+    load = setting.load()
     models.require_transformers()
-    device, dtype = _place(args)
+    device, dtype = setting.place(args)
     check_output(args.json)
     loaded = models.load(args.model, device, dtype, console)
     inputs = models.encode(loaded, args.prompt)
-    environment = {**_environment(device, dtype), "load": load}
-    console.line(
-        "{device}, {threads} threads, torch {torch}, transformers {transformers}, {date}".format(**environment)
-    )
-    if (environment["load"] or 0) > environment["cores"] / 2:
-        console.line(f"Other programs are busy (load {environment['load']:.1f}): the times below will be disturbed.")
-    patched, handle = _patch(loaded.model, console)
+    environment = setting.environment(device, dtype, load)
+    setting.describe(environment, console)
+    patched, handle = setting.patched_twin(loaded.model, console)
     result = {"model": loaded.name, "prompt": args.prompt, **environment}
     result["replaced"] = dict(handle.report.counts)
     result["answer"], answer_tokens = _answer(loaded, patched, inputs, args, console)
@@ -82,49 +58,6 @@ def run(args):
     if args.json:
         write_json(args.json, result)
     return status
-
-
-def _place(args):
-    """The torch device and dtype that the arguments ask for."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if args.device == "cuda" and not available:
-        raise CommandError("--device cuda needs a CUDA device, and torch finds none")
-    device = torch.device(args.device or ("cuda" if available else "cpu"))
-    name = {"cpu": "float32", "cuda": "bfloat16"}[device.type] if args.dtype == "auto" else args.dtype
-    return device, getattr(torch, name)
-
-
-def _environment(device, dtype):
-    import torch
-    import transformers
-
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "date": datetime.date.today().isoformat(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _patch(model, console):
-    """A patched model that shares the weights of `model`, which stays as it is, and the patch's handle."""
-    import fusedops
-    from fusedops.cli import measure
-
-    patched = measure.twin(model)
-    try:
-        with console.step("Patching"):
-            handle = fusedops.patch(patched)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise CommandError(f"this model cannot be patched: {first_line(error)}") from error
-    console.line(str(handle.report))
-    fusedops.reset_counters()
-    return patched, handle
 
 
 def _answer(loaded, patched, inputs, args, console):

@@ -150,7 +150,7 @@ def alternate(models, inputs, num_tokens, rounds, progress=None):
     for done in range(rounds):
         names = list(models) if done % 2 == 0 else list(reversed(models))
         for name in names:
-            with _no_garbage_collection():
+            with no_garbage_collection():
                 runs[name].append(generate(models[name], inputs, num_tokens, exactly=True))
         if progress is not None:
             progress(done + 1)
@@ -158,7 +158,7 @@ def alternate(models, inputs, num_tokens, rounds, progress=None):
 
 
 @contextlib.contextmanager
-def _no_garbage_collection():
+def no_garbage_collection():
     """Collect before the block, and not in it: a collection would fall on one model by chance."""
     gc.collect()
     enabled = gc.isenabled()
