@@ -131,22 +131,40 @@ def padded(model, requests, settings):
     return _in_batches(model, requests, settings, _arrived)
 
 
+def padded_in_pages(model, requests, settings):
+    """As `padded`, with `fusedops.patch.PagedCache` in place of tensors as long as the longest row."""
+    from fusedops.patch import PagedCache
+
+    caches = []
+
+    def make_cache(batch):
+        most = max(request.new_tokens for request in batch)
+        pages = sum(-(-(len(request.prompt) + most) // settings.page_size) for request in batch)
+        caches.append(PagedCache(model, num_pages=pages, page_size=settings.page_size))
+        return caches[-1]
+
+    run = _in_batches(model, requests, settings, _arrived, make_cache)
+    run.pool_bytes = max(cache.pages.k.nbytes + cache.pages.v.nbytes for cache in caches)
+    return run
+
+
 def _arrived(waiting, now):
     return max(1, sum(request.arrival <= now for request in waiting))
 
 
-def _in_batches(model, requests, settings, how_many):
-    """Serve the requests batch by batch; `how_many` of those that wait make the next one."""
+def _in_batches(model, requests, settings, how_many, make_cache=None):
+    """Serve the requests batch by batch; `how_many` of those that wait make the next one, in a cache of its own."""
     clock, served, kv = Clock(), [], []
     while len(served) < len(requests):
         waiting = requests[len(served) :]
         clock.wait_until(waiting[0].arrival)
         batch = waiting[: how_many(waiting, clock.now())]
-        served += _generate(model, batch, settings, clock, kv)
+        cache = {} if make_cache is None else {"past_key_values": make_cache(batch)}
+        served += _generate(model, batch, settings, clock, kv, **cache)
     return Run(served, kv)
 
 
-def _generate(model, batch, settings, clock, kv):
+def _generate(model, batch, settings, clock, kv, **cache):
     """Generate for one batch; a row whose request has all its tokens goes on until the last one has."""
     longest = max(len(request.prompt) for request in batch)
     ids = torch.full((len(batch), longest), settings.pad_token)
@@ -156,13 +174,14 @@ def _generate(model, batch, settings, clock, kv):
         mask[row, longest - len(request.prompt) :] = 1
     streamer = BatchStreamer(clock)
     steps = []
-    watch = model.register_forward_hook(lambda module, args, out: steps.append(_dense_sample(out, batch, len(steps))))
+    watch = model.register_forward_hook(lambda module, args, out: steps.append(_batch_sample(out, batch, len(steps))))
     try:
         model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=generation_config(settings, max(request.new_tokens for request in batch)),
             streamer=streamer,
+            **cache,
         )
     finally:
         watch.remove()
@@ -174,14 +193,18 @@ def _generate(model, batch, settings, clock, kv):
     ]
 
 
-def _dense_sample(output, batch, step):
-    """What the cache of one ``generate`` holds after the given step, None where its layers are not plain tensors.
+def _batch_sample(output, batch, step):
+    """What the cache of one ``generate`` holds after the given step, None where it is neither tensors nor pages.
 
     A request is still being answered in a step that computes one of its tokens.
     """
+    cache = output.past_key_values
     lengths = [len(request.prompt) + step for request in batch if step < request.new_tokens]
+    if hasattr(cache, "pages"):
+        stats = cache.pages.stats()
+        return KvSample(stats.bytes_used, sum(lengths) * stats.bytes_used // (stats.pages_used * cache.pages.page_size))
     held = used = 0
-    for layer in getattr(output.past_key_values, "layers", ()):
+    for layer in getattr(cache, "layers", ()):
         tensors = [getattr(layer, name, None) for name in ("keys", "values")]
         if not all(isinstance(tensor, torch.Tensor) and tensor.dim() == 4 for tensor in tensors):
             return None
@@ -303,4 +326,6 @@ WAYS = {
     "padded": Way("padded batch", False, padded),
     "transformers-paged": Way("transformers paged", False, continuous),
     "fusedops-padded": Way("fusedops padded", True, padded),
+    "fusedops-cache": Way("fusedops PagedCache", True, padded_in_pages),
+    "fusedops-paged": Way("fusedops paged", True, continuous),
 }

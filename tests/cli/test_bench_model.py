@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fusedops import cli
-from fusedops.cli import bench_model, serving, serving_plot, traffic
+from fusedops.cli import bench_model, console, serving, serving_plot, setting, traffic
 from fusedops.cli.serving import KvSample
 from fusedops.cli.traffic import Request
 
@@ -139,30 +139,39 @@ def model(letters):
     return transformers.AutoModelForCausalLM.from_pretrained(letters).eval()
 
 
+@pytest.fixture(scope="module")
+def patched_model(model):
+    """The same weights, patched."""
+    return setting.patched_twin(model, console.Console())[0]
+
+
 SETTINGS = serving.Settings(page_size=16, batch_tokens=512, pad_token=1)
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes: layers, keys and values, heads, numbers, float32
 
 
-@pytest.mark.parametrize("name", [name for name, way in serving.WAYS.items() if not way.patched])
-def test_kv_of_one_request_in_a_real_engine(model, name):
+@pytest.mark.parametrize("name", serving.WAYS)
+def test_kv_of_one_request(model, patched_model, name):
     """30 tokens and five more: pages of 16 are two, then three."""
-    run = serving.WAYS[name].serve(model, [Request(tuple(range(2, 32)), 5)], SETTINGS)
+    way = serving.WAYS[name]
+    run = way.serve(patched_model if way.patched else model, [Request(tuple(range(2, 32)), 5)], SETTINGS)
     used = [length * TOKEN for length in range(30, 35)]
-    paged = "paged" in name
+    paged = "paged" in name or "cache" in name
     held = [pages * 16 * TOKEN for pages in (2, 2, 2, 3, 3)] if paged else used
     assert run.kv == [KvSample(*pair) for pair in zip(held, used, strict=True)]
     assert (run.pool_bytes or 0) >= (3 * 16 * TOKEN if paged else 0)
 
 
-@pytest.mark.parametrize("name", ["one-by-one", "padded", "transformers-paged"])
-def test_times_agree_with_a_stopwatch(model, name):
+@pytest.mark.parametrize("name", serving.WAYS)
+def test_times_agree_with_a_stopwatch(model, patched_model, name):
     """A model that waits: every step takes at least that long, and all of them no longer than the call."""
     pause = 0.02
     requests = [Request((5, 6, 7), 4), Request((8, 9), 6)]
-    watch = model.register_forward_pre_hook(lambda *args: time.sleep(pause))
+    way = serving.WAYS[name]
+    chosen = patched_model if way.patched else model
+    watch = chosen.register_forward_pre_hook(lambda *args: time.sleep(pause))
     try:
         before = time.perf_counter()
-        run = serving.WAYS[name].serve(model, requests, SETTINGS)
+        run = way.serve(chosen, requests, SETTINGS)
         whole = time.perf_counter() - before
     finally:
         watch.remove()

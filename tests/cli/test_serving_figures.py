@@ -69,11 +69,11 @@ def test_a_padded_batch_holds_its_padding_and_its_ended_rows():
     output = SimpleNamespace(past_key_values=SimpleNamespace(layers=layers))
     batch = [Request((1,) * 6, 4), Request((1,) * 3, 1)]
     token = 2 * 2 * 4 * 4  # bytes: layers, keys and values, numbers, float32
-    assert serving._dense_sample(output, batch, step=0) == KvSample(2 * 8 * token, (6 + 3) * token)
-    assert serving._dense_sample(output, batch, step=2) == KvSample(2 * 8 * token, 8 * token)
+    assert serving._batch_sample(output, batch, step=0) == KvSample(2 * 8 * token, (6 + 3) * token)
+    assert serving._batch_sample(output, batch, step=2) == KvSample(2 * 8 * token, 8 * token)
     short = SimpleNamespace(keys=torch.zeros(2, 1, 4, 4), values=torch.zeros(2, 1, 4, 4))  # a window of 4
     output.past_key_values.layers = [short]
-    assert serving._dense_sample(output, batch, step=0) == KvSample(2 * 4 * token // 2, (4 + 3) * token // 2)
+    assert serving._batch_sample(output, batch, step=0) == KvSample(2 * 4 * token // 2, (4 + 3) * token // 2)
 
 
 def engine(block_table, lengths, **allocator):
