@@ -202,6 +202,8 @@ class Rows:
         self._check_kept(real)
         if not torch.equal(real, kept):
             return "a mask that hides tokens of the cache"
+        if bool((~real & (real.cumsum(1) > 0))[:, step.start :].any()):
+            return "padding after a token"  # its queries see keys, and generate goes on from the last column
         begins = (kept[:, 1:] & ~kept[:, :-1]).sum(1) + kept[:, 0]
         if left >= 0 and bool((begins > 1).any()):
             return "a window across padding"  # it counts columns, pages hold tokens
