@@ -1,0 +1,113 @@
+"""weight_only_matmul by torch's own operators: the CPU's way, and other devices'.
+
+Measured on an AVX-512 machine: torch's product with int8 weights is fast in bfloat16 alone, and reads beyond its
+operands where K is no multiple of its vectors. Everything else is faster in float32, by a block of weights at a time
+that stays in the cache.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from fusedops.ops.weight_only_matmul._groups import BLOCK, group_of
+
+PACK_K = 32  # weights that one step of torch's product with int8 weights reads
+PACK_ROWS = 32  # beyond so many rows its one weight at a time is slower than float32 with the weights expanded
+BLOCK_BYTES = 2**19  # of expanded weights; with many rows the product wants larger blocks
+BLOCK_BYTES_MANY = 2**23
+FEW_ROWS = 16
+_ACTIVATIONS = {
+    None: lambda y: y,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
+    """The product, then what is fused behind it, in float32 where the product has not been rounded already."""
+    rows = x.reshape(-1, x.shape[-1])
+    group = group_of(values.shape[0], x.shape[-1], tuple(scale.shape))
+    out = (_packed if _packable(rows, values, scale) else _blocked)(rows, values, scale, zero, group)
+    out = out.view(*x.shape[:-1], values.shape[0])
+    if bias is not None:
+        out = out.float() + bias
+    out = _ACTIVATIONS[activation](out)
+    if residual is not None:
+        out = out.float() + residual
+    return out.to(x.dtype)
+
+
+def _packable(rows, values, scale):
+    """Whether torch's product with int8 weights takes the call and is the faster way."""
+    return (
+        rows.is_cpu
+        and rows.dtype == torch.bfloat16
+        and values.dtype == torch.int8
+        and scale.dim() < 2
+        and 0 < rows.shape[0] <= PACK_ROWS
+        and rows.shape[1] % PACK_K == 0
+        and values.is_contiguous()
+    )
+
+
+def _packed(rows, values, scale, zero, group):
+    """In x's dtype with scales of that dtype; others multiply the rounded sums, in float32."""
+    rows = rows.contiguous()
+    if scale.dtype == rows.dtype:
+        return torch._weight_int8pack_mm(rows, values, scale.expand(values.shape[0]).contiguous())
+    ones = torch.ones(values.shape[0], dtype=rows.dtype)
+    return torch._weight_int8pack_mm(rows, values, ones).float().mul_(scale)
+
+
+def _blocked(rows, values, scale, zero, group):
+    """In float32, rows of the weight by rows that fit the cache."""
+    (M, K), N = rows.shape, values.shape[0]
+    wide = rows.float()
+    out = wide.new_empty(M, N)
+    in_groups = scale.dim() == 2
+    if in_groups:
+        scale = scale.float()
+        if group[0] == BLOCK:
+            scale = scale.repeat_interleave(BLOCK, 0)
+        zero = None if zero is None else zero.float()
+    step = max((BLOCK_BYTES if M <= FEW_ROWS else BLOCK_BYTES_MANY) // (4 * K), 1)
+    for first in range(0, N, step):
+        part = slice(first, min(first + step, N))
+        weight = _expanded(values[part], K)
+        if in_groups:
+            if values.dtype == torch.uint8:
+                _each_group(weight, group[1], torch.Tensor.sub_, 8.0 if zero is None else zero[part])
+            _each_group(weight, group[1], torch.Tensor.mul_, scale[part])
+        torch.mm(wide, weight.t(), out=out[:, part])
+    return out if in_groups else out.mul_(scale)
+
+
+def _each_group(weight, size, change, table):
+    """Change each group of `size` columns by its element of the table [rows, groups]; a number changes all."""
+    if not isinstance(table, torch.Tensor):
+        change(weight, table)
+        return
+    whole = weight.shape[1] // size
+    if whole:
+        change(weight[:, : whole * size].unflatten(1, (whole, size)), table[:, :whole, None])
+    if whole < table.shape[1]:
+        change(weight[:, whole * size :], table[:, whole:])
+
+
+def _expanded(values, K):
+    """Stored weights as float32, exactly."""
+    if values.dtype == torch.uint8:
+        pairs = values.to(torch.int16)  # both halves of a byte as two bytes, the lower first
+        pairs = ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)
+        return pairs.to(torch.float32)[:, :K]
+    if values.dtype != torch.float8_e4m3fn:
+        return values.to(torch.float32)
+    codes = values.view(torch.int8)
+    # torch's own cast takes several times as long. As float16 the bits of an e4m3 number are 2**-8 of it, but for NaN.
+    halves = ((codes.to(torch.int16) << 7) & -0x4001).view(torch.float16)
+    weight = halves.to(torch.float32).mul_(256.0)
+    not_numbers = (codes << 1) == -2
+    return weight.masked_fill_(not_numbers, float("nan")) if bool(not_numbers.any()) else weight

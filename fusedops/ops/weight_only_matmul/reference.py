@@ -1,0 +1,49 @@
+"""The meaning of weight_only_matmul. In float64 this is the truth that every implementation is measured against."""
+
+import torch
+
+GROUPS = (32, 64, 128)
+BLOCK = 128
+
+
+def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
+    """``out = activation(x @ weight.T + bias) + residual``, rounded once; the weight is `dequantized`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    out = wide @ dequantized(values, scale, zero, x.shape[-1], wide.dtype).T
+    if bias is not None:
+        out = out + bias.to(wide.dtype)
+    if activation == "silu":
+        out = out * torch.sigmoid(out)
+    elif activation == "gelu":
+        out = out * 0.5 * torch.special.erfc(out * -(0.5**0.5))  # 1 + erf, in the form whose lower tail does not cancel
+    elif activation == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        out = out * torch.sigmoid(2.0 * (2.0 / torch.pi) ** 0.5 * (out + 0.044715 * out**3))
+    elif activation == "relu":
+        out = out.clamp(min=0)
+    if residual is not None:
+        out = out + residual.to(wide.dtype)
+    return out.to(x.dtype)
+
+
+def dequantized(values, scale, zero, K, dtype):
+    """The weight [N, K]: ``values * scale``; of packed 4-bit codes ``(code - zero) * scale``, zero None is 8."""
+    N = values.shape[0]
+    if values.dtype == torch.uint8:
+        codes = torch.stack((values & 15, values >> 4), -1).flatten(1)[:, :K].to(dtype)
+        codes = codes - (8 if zero is None else _spread(zero.to(dtype), N, K))
+    else:
+        codes = values.to(dtype)
+    return codes * _spread(scale.to(dtype), N, K)
+
+
+def _spread(table, N, K):
+    """One number for each element of [N, K], from one for all, for each row, each group of a row, or each block."""
+    if table.dim() < 2:
+        return table.reshape(-1, 1)
+    rows, columns = table.shape
+    if rows != N:
+        table = table.repeat_interleave(BLOCK, 0)[:N]
+        group = BLOCK
+    else:
+        group = next(size for size in GROUPS if -(-K // size) == columns)
+    return table.repeat_interleave(group, 1)[:, :K]
