@@ -156,7 +156,7 @@ def attention_forward(
     """
     state = getattr(module, ATTENTION_ATTRIBUTE, None)
     options = (scaling, dropout, sliding_window, softcap, s_aux, is_causal)
-    if kwargs.get("cache") is not None:
+    if continuous_attention.takes(kwargs.get("cache")):
         return _paged_forward(module, state, query, key, value, options, kwargs)
     reason = None
     if state is None:
@@ -165,8 +165,8 @@ def attention_forward(
         reason = "dropout in training"
     elif kwargs.get("output_attentions"):
         reason = "the weights are asked for"
-    elif kwargs.get("position_bias") is not None:
-        reason = "a position bias"
+    elif kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+        reason = "a position bias, or a paged cache of another release"
     elif attention_mask is not None and attention_mask.dim() != 4:
         reason = "a mask without four dimensions"
     if reason is None:

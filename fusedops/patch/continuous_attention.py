@@ -20,11 +20,19 @@ STEP = "fusedops_step"  # the keyword argument that hands a Step to all layers
 SLIDING = "sliding_attention"
 
 
-class Step(dict):
-    """What the layers of one forward share, computed by the first of each kind: {index of the allocator: Group}.
+class Step:
+    """What the layers of one forward share, computed by the first of each kind.
 
     Lengths and pages change from forward to forward, so a Step must not outlive the one that it was made for.
+
+    Attributes:
+        groups: {index of the allocator: Group}; inside an object, which the compiler does not look into.
     """
+
+    __slots__ = ("groups",)
+
+    def __init__(self):
+        self.groups = {}
 
 
 class Group:
@@ -84,6 +92,11 @@ def operator_page_size(tokens_per_page):
     return next((size for size in sizes if tokens_per_page % size == 0), 1)
 
 
+def takes(cache):
+    """Whether this is a cache of continuous batching as `Call` knows it."""
+    return hasattr(cache, "layer_to_allocator")
+
+
 class Call:
     """One call of the attention function on a paged cache.
 
@@ -98,13 +111,10 @@ class Call:
         self.allocator = given["cache"].layer_to_allocator[self.layer]
         self.key, self.value = (tensor[0].transpose(0, 1) for tensor in (key, value))
         self.given = given
-        step = given.get(STEP)
-        group = None if step is None else step.get(self.allocator.index)
-        if group is None:
-            group = Group(self.allocator, key.shape[2], given)
-            if step is not None:
-                step[self.allocator.index] = group
-        self.group = group
+        groups = given[STEP].groups if STEP in given else {}
+        if self.allocator.index not in groups:
+            groups[self.allocator.index] = Group(self.allocator, key.shape[2], given)
+        self.group = groups[self.allocator.index]
         self._gathered = None
 
     def attend(self, query, scaling, softcap, sinks):

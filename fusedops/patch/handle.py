@@ -6,6 +6,8 @@ from fusedops.patch import attention, instance
 from fusedops.patch.continuous import unsupported
 from fusedops.patch.rotary import RotaryState
 
+ENGINE = "generate_batch -> paged_attention; attention_varlen where a window slides"
+
 
 class PatchedModel:
     """What `fusedops.patch` returns; as a context manager it undoes the replacement at the end.
@@ -26,7 +28,7 @@ class PatchedModel:
         self._installed = []
         if engines:
             reason = unsupported()
-            report.engine = reason or "generate_batch -> paged_attention; attention_varlen where a window slides"
+            report.engine = f"not available: {reason}" if reason else ENGINE
 
     def apply(self):
         """Set the instance attributes of every module in the plan; all or none."""

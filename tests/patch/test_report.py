@@ -25,7 +25,8 @@ ENGINE = "generate_batch -> paged_attention; attention_varlen where a window sli
 
 def test_text():
     pytest.importorskip("transformers")
-    assert str(patch(tiny("gpt_oss")).report) == TEXT + (continuous.unsupported() or ENGINE)
+    reason = continuous.unsupported()
+    assert str(patch(tiny("gpt_oss")).report) == TEXT + (f"not available: {reason}" if reason else ENGINE)
 
 
 def test_rows_and_dict():
