@@ -1,4 +1,6 @@
-"""Helpers that Triton kernels of several operators share: offsets of rows, activations, the arithmetic of attention.
+"""Helpers that Triton kernels of several operators share: offsets of rows, activations, codes, attention's arithmetic.
+
+Codes are the stored values of narrow types, "int8", "fp8e4nv" or "fp8e5"; `_core/codes.py` says the same in torch.
 
 A query at position p among the keys (p = i + Sk - Sq) may see the keys p - window_left to p + window_right; a bound
 that is not there is HAS_LEFT or HAS_RIGHT False. Causal is HAS_RIGHT with window_right = 0. Scores are in natural
@@ -10,6 +12,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LEAST_SCALE = tl.constexpr(2.0**-126)  # the smallest normal number: zeros have a scale too
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: in the sum's last bits stands the integer, rounded to nearest even
 
 
 @triton.jit
@@ -34,6 +38,56 @@ def activate(x, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "none")
         y = x
     return y
+
+
+@triton.jit
+def largest_bits(x, axis: tl.constexpr):
+    """The largest absolute value along an axis, as bits: as integers those of NaN are larger than any number's."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+
+
+@triton.jit
+def scale_of(bits, CODE: tl.constexpr):
+    """The scale that brings the largest absolute value to the largest code; NaN stays NaN."""
+    top = bits.to(tl.float32, bitcast=True)
+    largest: tl.constexpr = 127.0 if CODE == "int8" else 448.0 if CODE == "fp8e4nv" else 57344.0
+    scale = tl.div_rn(top, tl.zeros_like(top) + largest)
+    return tl.maximum(scale, LEAST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def encoded(x, CODE: tl.constexpr, LOWEST: tl.constexpr, BY_INTEGERS: tl.constexpr):
+    """float32 values as codes, rounded to nearest even and cut to the range, for int8 from LOWEST; there NaN is 0.
+
+    BY_INTEGERS gives the bits of a float8, as uint8, on GPUs that have no instruction for the cast.
+    """
+    if CODE == "int8":
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, LOWEST), 127.0), 0.0)
+        return (x + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+    elif BY_INTEGERS:
+        return _float8_bits(x, CODE)
+    elif CODE == "fp8e4nv":
+        return x.to(tl.float8e4nv)  # the instruction saturates, infinity too
+    else:
+        return x.to(tl.float8e5)
+
+
+@triton.jit
+def _float8_bits(x, CODE: tl.constexpr):
+    """The cast to float8 by integers; for denormal numbers by an addition whose last bits are theirs."""
+    MANTISSA: tl.constexpr = 3 if CODE == "fp8e4nv" else 2
+    BIAS: tl.constexpr = 7 if CODE == "fp8e4nv" else 15
+    CUT: tl.constexpr = 23 - MANTISSA
+    LARGEST: tl.constexpr = 0x7E if CODE == "fp8e4nv" else 0x7B
+    UNIT: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)  # its last bit is the smallest denormal number
+    UNIT_BITS: tl.constexpr = (127 + 24 - BIAS - MANTISSA) << 23
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + ((1 << (CUT - 1)) - 1) + ((size >> CUT) & 1)) >> CUT) - ((127 - BIAS) << MANTISSA)
+    denormal = (tl.abs(x) + UNIT).to(tl.int32, bitcast=True) - UNIT_BITS
+    code = tl.where(size < ((128 - BIAS) << 23), denormal, tl.minimum(normal, LARGEST))
+    code = tl.where(x == x, code, 0x7F)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit

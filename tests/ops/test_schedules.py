@@ -83,6 +83,12 @@ def scales():
     return {name: torch.zeros(12, 8, 2) for name in ("k_scale", "v_scale")}
 
 
+def quantize(function, *shape, **options):
+    """Codes, then the scales."""
+    codes, scale = function(make_tensor(shape or (3, 300), DTYPE, seed=0), **options)
+    return torch.cat([codes.float().flatten(), scale.flatten()]), ()
+
+
 CALLS = {
     "rms_norm": lambda: norm(fusedops.rms_norm),
     "layer_norm": lambda: norm(fusedops.layer_norm, torch.zeros(300, dtype=DTYPE)),
@@ -100,6 +106,10 @@ CALLS = {
     "paged_attention, splits": lambda: paged(1, 41, num_splits=3),
     "write_kv_cache": lambda: write(fusedops.write_kv_cache),
     "write_kv_cache, quantised": lambda: write(fusedops.write_kv_cache, **scales()),
+    "quantize_int8": lambda: quantize(fusedops.quantize_int8),
+    "quantize_int8, one scale": lambda: quantize(fusedops.quantize_int8, 30, 2000, granularity="tensor"),
+    "quantize_fp8, blocks": lambda: quantize(fusedops.quantize_fp8, granularity="block"),
+    "quantize_fp8, blocks of rows": lambda: quantize(fusedops.quantize_fp8, 140, 130, granularity="block_2d"),
     "rotary_write_kv_cache": lambda: write(fusedops.rotary_write_kv_cache, *(t[0] for t in angles(5, 64, DTYPE))),
 }
 

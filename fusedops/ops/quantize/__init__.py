@@ -5,6 +5,7 @@ import math
 import torch
 
 from fusedops._core import checks, codes, env
+from fusedops._core.numbers import ceil_div
 from fusedops._core.register import register
 from fusedops.ops.attention import check_table
 
@@ -102,7 +103,7 @@ def _check(op, x, granularity, scale=None, dtype=torch.float8_e4m3fn):
 
 
 def _check_scale(op, x, granularity, scale):
-    fitting = _scale_shape(x.shape, granularity)
+    fitting = scale_shape(x.shape, granularity)
     check_table(op, "scale", scale, x, [fitting, (), (1,)], f"of {granularity!r}, [] or [1]", (torch.float32,))
     if env.validate() == 2 and not torch.compiler.is_compiling() and not x.is_meta:
         bad = ~(scale.isfinite() & (scale >= codes.LEAST_SCALE))
@@ -110,23 +111,23 @@ def _check_scale(op, x, granularity, scale):
             raise ValueError(f"{op}: scale must be finite and at least 2**-126, got {scale[bad][0].item()}")
 
 
-def _scale_shape(shape, granularity):
+def scale_shape(shape, granularity):
     """The shape of the scales of a tensor."""
     if granularity == "tensor":
         return ()
     if granularity == "row":
         return tuple(shape[:-1])
-    rows = shape[:-1] if granularity == "block" else (*shape[:-2], -(-shape[-2] // BLOCK))
-    return *rows, -(-shape[-1] // BLOCK)
+    rows = shape[:-1] if granularity == "block" else (*shape[:-2], ceil_div(shape[-2], BLOCK))
+    return *rows, ceil_div(shape[-1], BLOCK)
 
 
 def _fake(x, granularity, dtype=torch.int8):
-    scale = x.new_empty(_scale_shape(x.shape, granularity), dtype=torch.float32)
+    scale = x.new_empty(scale_shape(x.shape, granularity), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=dtype), scale
 
 
 def _cost(x, granularity, dtype=torch.int8):
-    scales = math.prod(_scale_shape(x.shape, granularity))
+    scales = math.prod(scale_shape(x.shape, granularity))
     reads = 2 if granularity == "tensor" else 1  # the scale is known when all has been read
     return (reads * x.element_size() + 1) * x.numel() + 4 * scales, 4 * x.numel()
 
@@ -135,7 +136,7 @@ def _example(shape, dtype, device):
     return (torch.randn(shape, device=device).to(dtype),), {}
 
 
-IMPLEMENTATIONS = ("torch", "reference")
+IMPLEMENTATIONS = ("triton", "torch", "reference")
 _quantize_int8 = register(
     "quantize_int8(Tensor x, str granularity) -> (Tensor, Tensor)",
     package=__name__,

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fusedops._core import codes
-
-BLOCK = 128
+from fusedops.ops.quantize import BLOCK
 
 
 def quantize_int8(x, granularity):

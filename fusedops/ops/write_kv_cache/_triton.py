@@ -15,40 +15,18 @@ from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
 from fusedops._core.scales import scale_kind, scale_strides
-
-LARGEST_INT8 = tl.constexpr(127.0)
-LARGEST_FP8 = tl.constexpr(448.0)
-LEAST_SCALE = tl.constexpr(2.0**-126)  # the smallest normal number: a row of zeros has a scale too
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no fraction bits, rounded to nearest even
+from fusedops._core.tl import encoded, largest_bits, scale_of
 
 
 @triton.jit
 def _encoded(x, scale, dtype: tl.constexpr):
-    """Values of a tile as stored values of `dtype`: int8 and float8 rounded to nearest even, beyond their range cut."""
+    """Values of a tile as stored values of `dtype`: the very bits, or codes."""
     if dtype == tl.int8:
-        codes = tl.div_rn(x, scale)
-        codes = tl.where(codes == codes, tl.minimum(tl.maximum(codes, -128.0), 127.0), 0.0)
-        return ((codes + ROUNDER) - ROUNDER).to(tl.int8)
+        return encoded(tl.div_rn(x, scale), "int8", -128.0, False)
     elif dtype == tl.float8e4nv:
-        codes = tl.div_rn(x, scale)
-        codes = tl.where(codes == codes, tl.minimum(tl.maximum(codes, -LARGEST_FP8), LARGEST_FP8), codes)
-        return codes.to(tl.float8e4nv)
+        return encoded(tl.div_rn(x, scale), "fp8e4nv", 0.0, False)
     else:
         return x.to(dtype)
-
-
-@triton.jit
-def _extent(x):
-    """Of each row the largest absolute value, and whether there is a NaN."""
-    return tl.max(tl.abs(x), 1), tl.max((x != x).to(tl.int32), 1)
-
-
-@triton.jit
-def _scale_of(top, has_nan, dtype: tl.constexpr):
-    """The scale that brings a row's largest value to the largest code; NaN for a row with a NaN."""
-    largest = LARGEST_INT8 if dtype == tl.int8 else LARGEST_FP8
-    scale = tl.maximum(tl.div_rn(top, tl.zeros_like(top) + largest), LEAST_SCALE)
-    return tl.where(has_nan != 0, float("nan"), scale)
 
 
 @triton.jit
@@ -103,17 +81,12 @@ def _write_heads(
     scale = tl.full([x_rows.shape[0]], 1.0, tl.float32)
     if SCALE == "token":
         if HALF > 0:
-            top, has_nan = _extent(first)
-            other, other_nan = _extent(second)
-            top = tl.maximum(top, other)
-            has_nan = has_nan | other_nan
+            top = tl.maximum(largest_bits(first, 1), largest_bits(second, 1))
             if D > 2 * HALF:
-                other, other_nan = _extent(rest)
-                top = tl.maximum(top, other)
-                has_nan = has_nan | other_nan
+                top = tl.maximum(top, largest_bits(rest, 1))
         else:
-            top, has_nan = _extent(rest)
-        scale = _scale_of(top, has_nan, dtype)
+            top = largest_bits(rest, 1)
+        scale = scale_of(top, "int8" if dtype == tl.int8 else "fp8e4nv")
         tl.store(scale_ptrs, scale, mask=mask_m)
     elif SCALE == "head":
         scale = tl.load(scale_ptrs, mask=mask_m, other=1.0)
