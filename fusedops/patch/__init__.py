@@ -22,8 +22,9 @@ from fusedops.patch.instance import all_states
 from fusedops.patch.paged_cache import PagedCache
 from fusedops.patch.plan import Plan
 from fusedops.patch.report import KINDS, Report, Row
+from fusedops.patch.server import serving
 
-__all__ = ["PagedCache", "PatchedModel", "Report", "Row", "patch", "patched", "unpatch"]
+__all__ = ["PagedCache", "PatchedModel", "Report", "Row", "patch", "patched", "serving", "unpatch"]
 
 
 def patch(
