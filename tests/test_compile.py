@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -24,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = "tests.data.compile_worker"
 GATED_TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 DTYPES = ("fp16", "bf16", "fp32")
+EVERYTHING = tuple(itertools.product(GATED_TARGETS, DTYPES))
+# float16's code is bfloat16's with other conversions: same tiles, shared memory and, give or take two, registers. Two
+# targets are enough for it but in the deep run.
+GATED = tuple((target, dtype) for target, dtype in EVERYTHING if dtype != "fp16" or target in DISASSEMBLED)
 MAX_STACK_BYTES = 64
 OPERATOR_FILES = sorted([*ROOT.glob("fusedops/ops/*/_triton.py"), *ROOT.glob("fusedops/ops/*/_triton/__init__.py")])
 PLANTED = ROOT / "tests/data/planted_triton.py"
@@ -60,34 +65,39 @@ def imported_files(path):
     return sorted(found)
 
 
-def cache_key(path, dtypes, targets):
+def cache_key(path, combinations):
     """Changes with the sources of the kernels, of their compilation and of the examples, and with triton."""
-    digest = hashlib.sha256(f"{importlib.metadata.version('triton')} {dtypes} {targets}".encode())
+    digest = hashlib.sha256(f"{importlib.metadata.version('triton')} {combinations}".encode())
     tools = [ROOT / "fusedops/_core/cubin.py", ROOT / "tests/data/compile_worker.py"]
     for file in [*imported_files(path), *tools]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:24]
 
 
-def compiled_rows(path, cache_folder, scratch, dtypes=DTYPES, targets=GATED_TARGETS):
+def compiled_rows(path, cache_folder, scratch, combinations=GATED):
     """The worker's rows for one Triton file, from the cache where nothing changed."""
-    stored = Path(cache_folder) / f"{module_name(path)}-{cache_key(path, dtypes, targets)}.json"
+    stored = Path(cache_folder) / f"{module_name(path)}-{cache_key(path, combinations)}.json"
     with FileLock(stored.with_suffix(".lock")):  # of several test processes one compiles, the others wait
         if not stored.exists():
             partial = stored.with_suffix(f".{os.getpid()}")
-            partial.write_text(_compile(path, scratch, dtypes, targets))
+            partial.write_text(_compile(path, scratch, combinations))
             partial.replace(stored)
     return json.loads(stored.read_text())
 
 
-def _compile(path, scratch, dtypes, targets):
+def _compile(path, scratch, combinations):
     """What the worker prints about one Triton file."""
+    return _worker(scratch, module_name(path), *map("/".join, combinations))
+
+
+def _worker(scratch, *arguments):
+    """What the worker prints: a process without the interpreter, and with empty caches of Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(scratch)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", WORKER, module_name(path), ",".join(dtypes), ",".join(targets)]
+    command = [sys.executable, "-m", WORKER, *arguments]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
-    assert ended.returncode == 0, f"the compile worker failed on {module_name(path)}:\n{ended.stderr[-3000:]}"
+    assert ended.returncode == 0, f"the compile worker failed on {arguments}:\n{ended.stderr[-3000:]}"
     return ended.stdout
 
 
@@ -133,17 +143,38 @@ def violations(path, rows):
     return found + [f"{name}: has no example" for name in sorted(missing)]
 
 
+EVERY_OPERATOR = pytest.mark.parametrize(
+    "path", OPERATOR_FILES, ids=lambda path: path.relative_to(ROOT / "fusedops/ops").parts[0]
+)
+
+
 @pytest.fixture
 def cache_folder(request):
     return request.config.cache.mkdir("fusedops_compile")
 
 
-@pytest.mark.parametrize("path", OPERATOR_FILES, ids=lambda path: path.relative_to(ROOT / "fusedops/ops").parts[0])
-def test_operator_compiles_within_the_static_gates(path, cache_folder, tmp_path):
-    rows = compiled_rows(path, cache_folder, tmp_path)
-    assert {(row["dtype"], row["target"]) for row in rows} == {(d, t) for d in DTYPES for t in GATED_TARGETS}
+@pytest.mark.parametrize("combinations", [
+    pytest.param(GATED, id="usual"), pytest.param(EVERYTHING, id="everything", marks=pytest.mark.deep),
+])  # fmt: skip
+@EVERY_OPERATOR
+def test_operator_compiles_within_the_static_gates(path, combinations, cache_folder, tmp_path):
+    rows = compiled_rows(path, cache_folder, tmp_path, combinations)
+    assert {(row["target"], row["dtype"]) for row in rows} == set(combinations)
     found = violations(path, rows)
     assert not found, f"{len(found)} violations in {len(rows)} examples:\n" + "\n".join(found)
+
+
+def same_ptx(path, scratch, *dtypes):
+    """How many examples have one PTX for the two targets that share it; all must."""
+    found = json.loads(_worker(scratch, "--same-ptx", module_name(path), *dtypes))
+    assert not found["different"]
+    return found["compared"]
+
+
+@pytest.mark.deep
+@EVERY_OPERATOR
+def test_targets_that_share_ptx(path, tmp_path):
+    assert same_ptx(path, tmp_path, *DTYPES)
 
 
 def test_operators_are_found():
@@ -152,7 +183,7 @@ def test_operators_are_found():
 
 @pytest.fixture
 def planted_rows(cache_folder, tmp_path):
-    return compiled_rows(PLANTED, cache_folder, tmp_path, dtypes=("bf16",), targets=("sm_80", "sm_89", "sm_90a"))
+    return compiled_rows(PLANTED, cache_folder, tmp_path, [(t, "bf16") for t in ("sm_80", "sm_89", "sm_90a")])
 
 
 def test_planted_faults_are_found(planted_rows):
@@ -193,6 +224,6 @@ def test_cache_key_follows_the_sources():
     path = OPERATOR_FILES[0]
     files = imported_files(path)
     assert {ROOT / "fusedops/_core/tl.py", ROOT / "fusedops/_core/launch.py", path} <= set(files)
-    assert cache_key(path, DTYPES, GATED_TARGETS) == cache_key(path, DTYPES, GATED_TARGETS)
-    assert len({cache_key(path, DTYPES, targets) for targets in (GATED_TARGETS, GATED_TARGETS[:1])}) == 2
-    assert len({cache_key(file, DTYPES, GATED_TARGETS) for file in (path, PLANTED)}) == 2
+    assert cache_key(path, GATED) == cache_key(path, GATED)
+    assert len({cache_key(path, combinations) for combinations in (GATED, GATED[:1])}) == 2
+    assert len({cache_key(file, GATED) for file in (path, PLANTED)}) == 2

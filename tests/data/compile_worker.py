@@ -1,11 +1,12 @@
 """Compile the examples of one Triton file and print their reports as JSON. Runs without Triton's interpreter.
 
-Usage: python -m tests.data.compile_worker MODULE DTYPE,DTYPE TARGET,TARGET
+Usage: python -m tests.data.compile_worker MODULE TARGET/DTYPE ...
+       python -m tests.data.compile_worker --same-ptx MODULE DTYPE ...
 """
 
 import importlib
-import itertools
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,13 +14,15 @@ from fusedops._core import cubin
 from fusedops._core.device import TARGETS
 
 DISASSEMBLED = ("sm_80", "sm_90a")  # one target per generation of instructions that the gates name
+# Triton makes the same PTX for both from the same example, so only ptxas runs for the second (--same-ptx compares).
+ASSEMBLED_FROM = {"sm_89": "sm_80"}
 
 
-def compile_all(module, dtypes, targets):
-    """One row per example, dtype and target; two threads disassemble while this one compiles."""
-    rows = []
+def compile_all(module, combinations):
+    """One row per example of each (target, dtype); two threads disassemble while this one compiles."""
+    rows, done = [], {}
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for target, dtype in itertools.product(targets, dtypes):
+        for target, dtype in combinations:
             for example in module.examples(dtype, TARGETS[target]):
                 row = {
                     "kernel": example.kernel.__name__,
@@ -29,8 +32,9 @@ def compile_all(module, dtypes, targets):
                     "wide_access": example.wide_access,
                 }
                 try:
-                    compiled = cubin.compile_example(example, target)
-                    row["report"] = pool.submit(cubin.read, compiled, disassemble=target in DISASSEMBLED)
+                    compiled = compile_one(example, target, dtype, done)
+                    listed = target in DISASSEMBLED and example.wide_access
+                    row["report"] = pool.submit(cubin.read, compiled, disassemble=listed)
                 except Exception as error:  # any failure of any compiler stage is a finding, not a crash
                     row["error"] = f"{type(error).__name__}: {error}"
                 rows.append(row)
@@ -40,6 +44,36 @@ def compile_all(module, dtypes, targets):
     return rows
 
 
+def compile_one(example, target, dtype, done):
+    """Machine code of an example; `done` keeps what was compiled for targets that others assemble from."""
+    for other, compiled in done.get((ASSEMBLED_FROM.get(target), dtype), []):
+        if other == example:
+            return cubin.assemble_for(compiled, target)
+    compiled = cubin.compile_example(example, target)
+    if target in ASSEMBLED_FROM.values():
+        done.setdefault((target, dtype), []).append((example, compiled))
+    return compiled
+
+
+def ptx_differences(module, dtypes):
+    """The examples whose PTX is not the same for two targets of ASSEMBLED_FROM, and how many were compared."""
+    different, compared = [], 0
+    for target, source in ASSEMBLED_FROM.items():
+        for dtype in dtypes:
+            others = list(module.examples(dtype, TARGETS[source]))
+            for example in module.examples(dtype, TARGETS[target]):
+                if example not in others:
+                    continue
+                texts = [cubin.compile_example(example, name).asm["ptx"] for name in (source, target)]
+                compared += 1
+                if len({re.sub(r"^\.target\s.*$", "", text, flags=re.MULTILINE) for text in texts}) > 1:
+                    different.append(f"{example.kernel.__name__} {dtype} {example.constants}")
+    return {"compared": compared, "different": different}
+
+
 if __name__ == "__main__":
-    name, dtype_list, target_list = sys.argv[1:]
-    json.dump(compile_all(importlib.import_module(name), dtype_list.split(","), target_list.split(",")), sys.stdout)
+    if sys.argv[1] == "--same-ptx":
+        printed = ptx_differences(importlib.import_module(sys.argv[2]), sys.argv[3:])
+    else:
+        printed = compile_all(importlib.import_module(sys.argv[1]), [pair.split("/") for pair in sys.argv[2:]])
+    json.dump(printed, sys.stdout)
