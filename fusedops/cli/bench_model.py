@@ -90,6 +90,8 @@ def run(args):
 def _check_outputs(args):
     for path in (args.json, args.plot):
         check_output(path)
+    if args.plot and not args.plot.endswith(".png"):
+        raise CommandError(f"--plot must be a file that ends with .png, got {args.plot}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--plot needs matplotlib: pip install 'fusedops[bench]'")
 

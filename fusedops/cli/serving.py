@@ -245,7 +245,7 @@ def continuous(model, requests, settings):
         pool = manager.batch_processor.cache.cache_tensor.nbytes
         clock, results = _answer_all(manager, requests)
     finally:
-        manager.stop(block=True)
+        manager.stop(block=True, hard_stop=True)  # after an error nobody waits for the other answers
         manager.destroy()
     served = [
         Served(tuple(result.generated_tokens), tuple(clock.of(moment) for moment in result.timestamps))

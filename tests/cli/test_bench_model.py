@@ -194,6 +194,7 @@ def test_times_agree_with_a_stopwatch(model, patched_model, name):
         (("--prompt-tokens", "9999999"), "--prompt-tokens must be at most"),
         (("--json", "/no/such/folder/rows.json"), "cannot write"),
         (("--plot", "/no/such/folder/ways.png"), "cannot write"),
+        (("--plot", "ways.txt"), "must be a file that ends with .png, got ways.txt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
