@@ -10,6 +10,7 @@ from fusedops.ops.paged_attention import paged_attention
 from fusedops.ops.quantize import quantize_fp8, quantize_int8
 from fusedops.ops.rms_norm import add_rms_norm, add_rms_norm_, rms_norm
 from fusedops.ops.rotary import rotary
+from fusedops.ops.scaled_matmul import fp8_matmul, int8_matmul
 from fusedops.ops.weight_only_matmul import weight_only_matmul
 from fusedops.ops.write_kv_cache import rotary_write_kv_cache, write_kv_cache
 from fusedops.patch import patched, unpatch
