@@ -131,11 +131,12 @@ def _run_ways(model, ways, requests, settings, rounds, console):
 
     After a warm-up of each, every round goes through the ways, first to last and then last to first.
     """
-    patched = setting.patched_twin(model, console)[0] if any(way.patched for way in ways.values()) else None
+    any_patched = any(way.patched for way in ways.values())
+    served_by = {False: (model, None), True: setting.patched_twin(model, console) if any_patched else None}
     runs, failed = {}, []
     for name, way in ways.items():
         try:
-            serving.timed(way, patched if way.patched else model, traffic.warm_up(requests), settings)
+            serving.timed(way, *served_by[way.patched], traffic.warm_up(requests), settings)
             runs[name] = []
         except Exception as error:  # models and engines refuse each other with many types; the other ways go on
             failed.append(name)
@@ -144,7 +145,7 @@ def _run_ways(model, ways, requests, settings, rounds, console):
         for name in list(runs) if done % 2 == 0 else list(reversed(runs)):
             way = ways[name]
             with console.step(way.label + (f", round {done + 1} of {rounds}" if rounds > 1 else "")):
-                runs[name].append(serving.timed(way, patched if way.patched else model, requests, settings))
+                runs[name].append(serving.timed(way, *served_by[way.patched], requests, settings))
     return runs, failed
 
 
@@ -176,6 +177,7 @@ def _rows(args, model_name, requests, runs, environment):
                 "tokens_equal": mismatch is None if REFERENCE in runs else None,
                 "mismatch": mismatch,
                 "calls": of_way[-1].calls,
+                "left_fused_path": of_way[-1].left,
                 "workload": workload,
                 "environment": environment,
             }
@@ -223,6 +225,8 @@ def _print_tables(rows, peak_is, console):
         if row["calls"]:
             calls = ", ".join(f"{op} ({how}) {count}" for op, how, count in row["calls"])
             console.line(f"{row['timed']} ran {calls}")
+        for where, reason, count in row["left_fused_path"]:
+            console.line(f"{row['timed']}: {where} left the fused path {count} times: {reason}")
 
 
 def _number(value, factor, digits):

@@ -1,7 +1,8 @@
 """Serve requests in several ways, in this process, and note when each token came and what the KV cache held."""
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,13 +55,15 @@ class Run:
         pool_bytes: What was set aside for the cache beforehand; None where it grows.
         peak_bytes: Peak memory; see `fusedops.cli.measure.PeakMemory`.
         calls: Operator, implementation and number of calls of ours.
+        left: Operator or module, reason and number of calls that did not reach ours or its fused implementation.
     """
 
     served: list[Served]
     kv: list[KvSample]
     pool_bytes: int | None = None
     peak_bytes: int = 0
-    calls: tuple = ()
+    calls: Sequence = ()
+    left: Sequence = ()
 
 
 @dataclass(frozen=True)
@@ -311,13 +314,16 @@ def _paged_sample(processor):
     return KvSample(held, used)
 
 
-def timed(way, model, requests, settings):
-    """One run of a way, with its peak memory and the calls of our operators."""
+def timed(way, model, handle, requests, settings):
+    """One run of a way, with its peak memory and the calls of our operators; `handle` is the patch's, or None."""
     dispatch.reset_counters()
+    before = Counter(handle.fallbacks()) if handle else Counter()
     with measure.no_garbage_collection(), measure.PeakMemory(model.device) as peak:
         run = way.serve(model, requests, settings)
     run.peak_bytes = peak.bytes
-    run.calls = tuple((*key, count) for key, count in sorted(dispatch.counters().items()))
+    run.calls = [(*key, count) for key, count in sorted(dispatch.counters().items())]
+    left = Counter(handle.fallbacks()) - before if handle else Counter()
+    run.left = [(*key, count) for key, count in (left + Counter(dispatch.fallbacks())).items()]
     return run
 
 

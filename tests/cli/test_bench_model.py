@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,8 @@ FIELDS = {  # what every row must say
     "high": NUMBER, "requests_per_minute": NUMBER, "tokens_per_second": NUMBER, "first_token": (dict,),
     "between_tokens": (dict,), "end_to_end": (dict,), "kv": (dict,), "pool_bytes": NUMBER + OR_NONE,
     "peak_bytes": NUMBER, "cost": (dict,), "requests": (list,), "times_as_fast_as": (dict,),
-    "tokens_equal": (bool,) + OR_NONE, "calls": (list,), "workload": (dict,), "environment": (dict,),
+    "tokens_equal": (bool,) + OR_NONE, "calls": (list,), "left_fused_path": (list,), "workload": (dict,),
+    "environment": (dict,),
 }  # fmt: skip
 ENVIRONMENT = {"device", "date", "dtype", "threads", "torch", "triton", "transformers", "commit", "load"}
 SMALL = ("--device", "cpu", "--prompts", "5", "--prompt-tokens", "3-40", "--new-tokens", "2-6")
@@ -82,7 +84,7 @@ def test_every_way_gives_the_same_tokens_and_a_whole_row(bench, capsys, tmp_path
         assert row["tokens_equal"], row["timed"]
         assert row["kv"]["held_over_used"] >= 1 and row["cost"]["per_million_tokens"] > 0
         assert row["timed"] in out
-        assert bool(row["calls"]) == row["patched"]
+        assert bool(row["calls"]) == row["patched"] and row["left_fused_path"] == []
     by_way = {row["timed"]: row["kv"]["held_over_used"] for row in rows}
     assert by_way["one by one"] == 1 < by_way["transformers paged"] < by_way["padded batch"]
     assert "all arrive at once" in out and "pages of 16 tokens" in out
@@ -180,6 +182,20 @@ def test_times_agree_with_a_stopwatch(model, patched_model, name):
     for request, answer in zip(requests, run.served, strict=True):
         assert len(answer.tokens) == len(answer.times) == request.new_tokens
         assert all(after - before >= pause for before, after in zip(answer.times, answer.times[1:], strict=False))
+
+
+def test_calls_that_left_the_fused_path_are_told(model, monkeypatch):
+    """Those of this run, and none of the runs before it."""
+    counts = {("layers.0", "dropout"): 2, ("layers.1", "dropout"): 1}
+
+    def leaves(model, requests, settings):
+        counts["layers.0", "dropout"] += 3
+        return serving.Run([], [])
+
+    handle = SimpleNamespace(fallbacks=lambda: dict(counts))
+    monkeypatch.setattr(serving.dispatch, "fallbacks", lambda: {("attention", "no kernel"): 4})
+    run = serving.timed(serving.Way("leaves", True, leaves), model, handle, [], SETTINGS)
+    assert run.left == [("layers.0", "dropout", 3), ("attention", "no kernel", 4)]
 
 
 @pytest.mark.parametrize(
