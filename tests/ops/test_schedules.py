@@ -6,6 +6,7 @@ import torch
 import fusedops
 from fusedops.testing import Budget, assert_accurate, make_tensor, ptx
 from tests.ops.common import EMULATED, using
+from tests.ops.matmul_problems import call_of
 from tests.ops.test_rotary import angles
 
 pytestmark = pytest.mark.emulated
@@ -89,6 +90,12 @@ def quantize(function, *shape, **options):
     return torch.cat([codes.float().flatten(), scale.flatten()]), ()
 
 
+def multiply(op, kind, *sizes):
+    """With bias, activation and residual; a ring of tiles goes round at four programs."""
+    call = call_of(op, *sizes, (kind, kind), 0, DTYPE, DTYPE, "silu", True)
+    return call.run(), ()
+
+
 CALLS = {
     "rms_norm": lambda: norm(fusedops.rms_norm),
     "layer_norm": lambda: norm(fusedops.layer_norm, torch.zeros(300, dtype=DTYPE)),
@@ -110,6 +117,10 @@ CALLS = {
     "quantize_int8, one scale": lambda: quantize(fusedops.quantize_int8, 30, 2000, granularity="tensor"),
     "quantize_fp8, blocks": lambda: quantize(fusedops.quantize_fp8, granularity="block"),
     "quantize_fp8, blocks of rows": lambda: quantize(fusedops.quantize_fp8, 140, 130, granularity="block_2d"),
+    "int8_matmul, few rows": lambda: multiply("int8_matmul", "row", 5, 70, 1040),
+    "int8_matmul, tiles": lambda: multiply("int8_matmul", "row", 150, 300, 656),
+    "fp8_matmul, few rows": lambda: multiply("fp8_matmul", "block", 5, 70, 1040),
+    "fp8_matmul, tiles": lambda: multiply("fp8_matmul", "block", 150, 300, 912),
     "rotary_write_kv_cache": lambda: write(fusedops.rotary_write_kv_cache, *(t[0] for t in angles(5, 64, DTYPE))),
 }
 
