@@ -7,6 +7,7 @@ import torch
 
 from fusedops.kv_cache import PagedKVCache
 from fusedops.ops.rotary import MAX_D
+from fusedops.patch import paged_states
 from fusedops.patch.attention import IMPLEMENTATION, NAME
 from fusedops.patch.paged_rows import Rows
 from fusedops.patch.paged_states import NewStates, PagedStates
@@ -49,8 +50,6 @@ class PagedLayer:
         return (PagedStates(new, 0), PagedStates(new, 1)) if self.reads_pages() else tuple(new.gather())
 
     def _check(self, *states):
-        if torch.compiler.is_compiling():
-            raise NotImplementedError("PagedCache: model must not be compiled, got a call inside torch.compile")
         for name, tensor, cache in zip(("key_states", "value_states"), states, (self.rows.pages.k, self.rows.pages.v)):
             heads, dim = cache.shape[3:]
             if tensor.dim() != 4 or (tensor.shape[1], tensor.shape[3]) != (heads, dim):
@@ -175,7 +174,9 @@ def _cache_class(cls):
 def _layer_class():
     from transformers.cache_utils import CacheLayerMixin
 
-    return type("PagedLayer", (PagedLayer, CacheLayerMixin), {"__module__": __name__})
+    paged_states.keep_compiler_out()
+    update = torch.compiler.disable(PagedLayer.update)
+    return type("PagedLayer", (PagedLayer, CacheLayerMixin), {"__module__": __name__, "update": update})
 
 
 def _names_ours(config):

@@ -74,10 +74,20 @@ def test_update_refuses():
         cache.update(good.repeat(2, 1, 1, 1), good.repeat(2, 1, 1, 1), 0)
     with pytest.raises(NotImplementedError, match="all layers share pages"):
         cache.layers[0].crop(-1)
-    with pytest.raises(Exception, match="must not be compiled"):
-        torch.compile(cache.update, backend="eager", fullgraph=True)(good, good, 1)
-    torch._dynamo.reset()
     assert not cache.is_compileable
+
+
+def test_compiled_model():
+    """Every layer breaks the graph, and the values are right."""
+    model = tiny("llama", num_hidden_layers=1)
+    ids, mask = padded("left", (20, 13))
+    expected = run(model, ids, None, attention_mask=mask)[mask.bool()]
+    handle = only_attention(model)
+    torch._dynamo.reset()
+    cache = PagedCache(model, num_pages=20, page_size=8)
+    assert_close(run(torch.compile(model, backend="eager"), ids, cache, attention_mask=mask)[mask.bool()], expected)
+    torch._dynamo.reset()
+    assert cache.stats().tokens == 33 and handle.fallbacks() == {}
 
 
 def test_model_in_half_precision_and_config():

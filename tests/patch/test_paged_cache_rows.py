@@ -93,13 +93,16 @@ def assert_gathered(key, value, dense, layer):
 
 OPERATIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 9), st.sampled_from(["attend", "attend", "gather", "nobody"])),
+        st.tuples(
+            st.just("add"), st.sampled_from([1, 1, 2, 9]), st.sampled_from(["attend", "attend", "gather", "nobody"])
+        ),
+        st.tuples(st.just("add"), st.sampled_from([1, 3]), st.just("attend")),
         st.tuples(st.just("reorder"), st.none(), st.none()),
         st.tuples(st.just("keep"), st.none(), st.none()),
         st.tuples(st.just("repeat"), st.integers(1, 2), st.none()),
         st.tuples(st.just("crop"), st.integers(0, 12), st.booleans()),
     ),
-    min_size=1,
+    min_size=6,
     max_size=14,
 )
 
@@ -122,7 +125,7 @@ def test_against_dense_tensors(patched_llama, page_size, operations, left, windo
     cache.pages.k.fill_(float("nan"))
     cache.pages.v.fill_(float("nan"))
     dense = Dense(3)
-    for name, number, how in operations:
+    for name, number, how in [("add", 7, "attend"), *operations]:
         length, rows = dense.real.shape[1], range(dense.batch)
         if name == "add":
             real = torch.rand(dense.batch, number) > 0.3
@@ -204,6 +207,20 @@ def test_rows_that_begin_alike_share_pages(patched_llama):
     assert len(cache._rows.sequences) == 2 and cache.stats().pages_used == 2 + 2
     expected = patched_llama(torch.cat((tokens(1, 20).expand(4, -1), tokens(4, 1)), 1)).logits[:, -1:]
     assert_close(found, expected.detach())
+
+
+def test_cut_back_into_a_page_that_is_shared(patched_llama):
+    """Two rows that went on alone share a page again, and the next token of one is not the other's."""
+    cache, ids = PagedCache(patched_llama, num_pages=40, page_size=8), tokens(1, 16).expand(2, -1)
+    prefill(patched_llama, cache, ids[:1], None)
+    cache.batch_repeat_interleave(2)
+    prefill(patched_llama, cache, tokens(2, 1), None)
+    cache.crop(-5)
+    assert cache.stats().pages_used == 2
+    found = [prefill(patched_llama, cache, tokens(2, 1, seed), None) for seed in (1, 2)]
+    assert cache.stats().pages_used == 3
+    expected = prefill(patched_llama, None, torch.cat((ids[:, :12], tokens(2, 1, 1), tokens(2, 1, 2)), 1), None)
+    assert_close(torch.cat(found, 1), expected[:, -2:])
 
 
 def test_on_the_triton_kernels():
