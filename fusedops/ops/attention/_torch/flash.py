@@ -99,8 +99,21 @@ def plain_attention(
     causal = causal and num_queries > 1
     if (causal and num_queries != num_keys) or dim != v.shape[3] or not q.numel() or not k.numel():
         return None
-    out, lse = _forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=softmax_scale)
-    return (out.transpose(1, 2).contiguous(), lse.contiguous()) if lse.all() else None
+    out, lse = _unmasked(q, k, v, causal, softmax_scale)
+    return (out, lse) if lse.all() else None
+
+
+def _unmasked(q, k, v, causal, scale):
+    """out and lse of torch's kernel on whole float32 tensors."""
+    num_queries, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    if num_queries > 1 or heads == kv_heads or kv_heads < torch.get_num_threads():
+        out, lse = _forward(q.transpose(1, 2), keys, values, 0.0, causal, scale=scale)
+        return out.transpose(1, 2).contiguous(), lse.contiguous()
+    # the heads that share keys as queries of one head: keys are read once, but fewer threads find work
+    rows = q[:, 0].unflatten(1, (kv_heads, heads // kv_heads))
+    out, lse = _forward(rows, keys, values, 0.0, False, scale=scale)
+    return out.flatten(1, 2)[:, None].contiguous(), lse.flatten(1, 2)[..., None].contiguous()
 
 
 def attention(q, k, v, options):
@@ -133,9 +146,8 @@ def _run(q, k, v, options):
     """out, lse, and whether something in them may be otherwise than this operator promises."""
     causal, masked = _causal(q, k, options), _needs_mask(q, k, options)
     if q.dtype == torch.float32 and not masked and options.sinks is None:
-        heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out, lse = _forward(*heads_first, 0.0, causal, scale=options.softmax_scale)
-        return out.transpose(1, 2).contiguous(), lse.contiguous(), not lse.all()
+        out, lse = _unmasked(q, k, v, causal, options.softmax_scale)
+        return out, lse, not lse.all()
     out, doubtful = None, False
     for part, rows, keys in _calls(q, k, v, options):
         mask = _mask(part, rows, keys) if masked else None
