@@ -8,6 +8,7 @@ from fusedops.ops.gated_activation import gelu_mul, silu_mul
 from fusedops.ops.layer_norm import add_layer_norm, layer_norm
 from fusedops.ops.paged_attention import paged_attention
 from fusedops.ops.quantize import quantize_fp8, quantize_int8
+from fusedops.ops.quantize_int4 import quantize_int4
 from fusedops.ops.rms_norm import add_rms_norm, add_rms_norm_, rms_norm
 from fusedops.ops.rotary import rotary
 from fusedops.ops.scaled_matmul import fp8_matmul, int8_matmul
