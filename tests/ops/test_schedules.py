@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import fusedops
+from fusedops.ops.weight_only_matmul import reference
 from fusedops.testing import Budget, assert_accurate, make_tensor, ptx
 from tests.ops.common import EMULATED, using
 from tests.ops.matmul_problems import call_of
 from tests.ops.test_rotary import angles
+from tests.ops.weight_problems import weight_of
 
 pytestmark = pytest.mark.emulated
 
@@ -96,6 +98,18 @@ def multiply(op, kind, *sizes):
     return call.run(), ()
 
 
+def weigh(rows, kind, columns=600):
+    """By weights of 40 rows; few rows of x and long ones of the weight are summed in parts."""
+    values, scale, zero = weight_of(kind, 40, columns, group=64)
+    x, bias, residual = (make_tensor(shape, DTYPE, seed=1) for shape in ((rows, columns), (40,), (rows, 40)))
+    options = {"zero": zero, "bias": bias, "residual": residual, "activation": "silu"}
+    return fusedops.weight_only_matmul(x, values, scale, **options), ()
+
+
+def four_bits():
+    return reference.dequantized(*fusedops.quantize_int4(leaf(4, 100).detach()), 100, DTYPE), ()
+
+
 CALLS = {
     "rms_norm": lambda: norm(fusedops.rms_norm),
     "layer_norm": lambda: norm(fusedops.layer_norm, torch.zeros(300, dtype=DTYPE)),
@@ -121,6 +135,11 @@ CALLS = {
     "int8_matmul, tiles": lambda: multiply("int8_matmul", "row", 150, 300, 656),
     "fp8_matmul, few rows": lambda: multiply("fp8_matmul", "block", 5, 70, 1040),
     "fp8_matmul, tiles": lambda: multiply("fp8_matmul", "block", 150, 300, 912),
+    "weight_only_matmul, one row": lambda: weigh(1, "int8 row", 1100),
+    "weight_only_matmul, float8": lambda: weigh(17, "fp8 block", 200),
+    "weight_only_matmul, 4 bits": lambda: weigh(3, "int4 group"),
+    "weight_only_matmul, many rows": lambda: weigh(70, "int8 row", 130),
+    "quantize_int4": four_bits,
     "rotary_write_kv_cache": lambda: write(fusedops.rotary_write_kv_cache, *(t[0] for t in angles(5, 64, DTYPE))),
 }
 

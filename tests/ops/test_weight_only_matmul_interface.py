@@ -158,7 +158,7 @@ def test_fake_strides_are_the_real_ones(layout):
 
 def test_torch_compile():
     def function(x, values, scale, zero):
-        return weight_only_matmul(x * 2, values, scale, zero=zero, bias=x[0, :6], activation="silu") + 1
+        return weight_only_matmul(x, values, scale, zero=zero, bias=x[0, :6], activation="silu")
 
     assert_compiles(function, (X, V4, S4, Z4), (torch.randn(5, 100), V4, S4, Z4))
 

@@ -23,7 +23,7 @@ def quantize_int4(weight, group_size, round_to=None):
     zero = torch.where(better, other[2], zero)
     finite = scale.isfinite()
     codes = torch.where(finite[..., None], codes, 0).flatten(1)[:, :K].to(torch.uint8)
-    pairs = torch.nn.functional.pad(codes, (0, K % 2)).view(N, -1, 2)
+    pairs = torch.nn.functional.pad(codes, (0, K % 2)).view(N, -(-K // 2), 2)
     return pairs[..., 0] | (pairs[..., 1] << 4), scale.to(dtype), torch.where(finite, zero, 0).to(torch.uint8)
 
 
