@@ -223,6 +223,21 @@ def test_cut_back_into_a_page_that_is_shared(patched_llama):
     assert_close(torch.cat(found, 1), expected[:, -2:])
 
 
+def test_rows_that_wait_while_another_goes_on(patched_llama):
+    """They still share a page, which is copied when they go on, too."""
+    ids = torch.cat((tokens(1, 12).expand(3, -1), tokens(3, 2)), 1)
+    mask = torch.ones(3, 14, dtype=torch.long)
+    mask[1:, 12] = 0
+    found = []
+    for cache in (transformers.DynamicCache(), PagedCache(patched_llama, num_pages=20, page_size=8)):
+        prefill(patched_llama, cache, ids[:1, :12], None)
+        cache.batch_repeat_interleave(3)
+        prefill(patched_llama, cache, ids[:, 12:13], mask[:, :13])
+        found.append(prefill(patched_llama, cache, ids[:, 13:], mask))
+    assert_close(found[1], found[0])
+    assert cache.stats().pages_used == 1 + 3
+
+
 def test_on_the_triton_kernels():
     """What a GPU would run, interpreted: a padded prompt, a chunk, and one token; window and sinks among it."""
     model = tiny("gpt_oss")
