@@ -1,4 +1,4 @@
-"""silu_mul and gelu_mul against torch, torch.compile and Liger, on two tensors and on the halves of a packed one."""
+"""silu_mul, with codes as its result too, and gelu_mul against torch, torch.compile and Liger; packed halves too."""
 
 import functools
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from _common import Case, compiled, main, peer
 
-from fusedops import gelu_mul, silu_mul
+from fusedops import gelu_mul, silu_mul, silu_mul_quantized
 
 LIGER_SILU = peer("liger_kernel.transformers.functional", "liger_swiglu")
 LIGER_GELU = peer("liger_kernel.transformers.functional", "liger_geglu")
@@ -26,14 +26,21 @@ def torch_gelu_mul(gate, up):
     return F.gelu(gate, approximate="tanh") * up
 
 
+def torch_silu_mul_quantized(gate, up):
+    out = torch_silu_mul(gate, up)
+    scale = out.float().abs().amax(-1, keepdim=True) / 127
+    return (out * (1 / scale)).round().to(torch.int8), scale.squeeze(-1)
+
+
 OPERATORS = (
     ("silu_mul", silu_mul, torch_silu_mul, LIGER_SILU, {}),
     ("gelu_mul", functools.partial(gelu_mul, approximate="tanh"), torch_gelu_mul, LIGER_GELU, {"approximate": "tanh"}),
+    ("silu_mul_quantized", silu_mul_quantized, torch_silu_mul_quantized, None, {}),
 )
 
 
 def cases(device, quick):
-    """Both operators on every shape; SiLU also on halves of one buffer, as fused projections give them."""
+    """Every operator on every shape; SiLU also on halves of one buffer, as fused projections give them."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for rows, n in SHAPES[device][:2] if quick else SHAPES[device]:
 

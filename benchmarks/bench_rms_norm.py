@@ -1,10 +1,10 @@
-"""rms_norm and add_rms_norm against torch, torch.compile, Liger and QuACK."""
+"""rms_norm and add_rms_norm against torch, torch.compile, Liger and QuACK; those that end in codes against torch."""
 
 import torch
 import torch.nn.functional as F
 from _common import Case, compiled, main, peer
 
-from fusedops import add_rms_norm, rms_norm
+from fusedops import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 
 EPS = 1e-6
 LIGER = peer("liger_kernel.transformers.functional", "liger_rms_norm")
@@ -27,8 +27,32 @@ def torch_add_rms_norm(x, residual, weight):
     return F.rms_norm(h, weight.shape, weight, EPS), h
 
 
+def torch_quantized(out):
+    scale = out.float().abs().amax(-1, keepdim=True) / 127
+    return (out * (1 / scale)).round().to(torch.int8), scale.squeeze(-1)
+
+
+def torch_rms_norm_quantized(x, weight):
+    return torch_quantized(torch_rms_norm(x, weight))
+
+
+def torch_add_rms_norm_quantized(x, residual, weight):
+    out, h = torch_add_rms_norm(x, residual, weight)
+    return *torch_quantized(out), h
+
+
+def quantized_cases(shape, dtype, makes, goal):
+    """Both operators with int8 output."""
+    for name, ours, plain, make in (
+        ("rms_norm_quantized", rms_norm_quantized, torch_rms_norm_quantized, makes[0]),
+        ("add_rms_norm_quantized", add_rms_norm_quantized, torch_add_rms_norm_quantized, makes[1]),
+    ):
+        candidates = {"fusedops": ours, "torch": plain, "torch.compile": compiled(plain)}
+        yield Case(name, shape, dtype, make, candidates, {}, goal=goal)
+
+
 def cases(device, quick):
-    """Both operators on every shape."""
+    """Every operator on every shape."""
     for rows, n in SHAPES[device][:2] if quick else SHAPES[device]:
         for dtype in (torch.float32,) if device == "cpu" else (torch.bfloat16,):
 
@@ -53,6 +77,8 @@ def cases(device, quick):
             goal = (1.0, 0.97) if rows >= 8192 else (None, None)
             yield Case("rms_norm", f"{rows}x{n}", dtype, make, candidates, {}, goal=goal)
             yield Case("add_rms_norm", f"{rows}x{n}", dtype, make_residual, fused, {}, goal=goal)
+            goal = (1.0, 0.88) if rows >= 8192 else (None, None)
+            yield from quantized_cases(f"{rows}x{n}", dtype, (make, make_residual), goal)
 
 
 if __name__ == "__main__":

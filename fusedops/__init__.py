@@ -4,12 +4,18 @@ from fusedops._core.dispatch import FallbackWarning, counters, fallbacks, reset_
 from fusedops._core.explain import Explanation, explain
 from fusedops.kv_cache import OutOfPages, PagedKVCache
 from fusedops.ops.attention import attention, attention_varlen, merge_attention
-from fusedops.ops.gated_activation import gelu_mul, silu_mul
+from fusedops.ops.gated_activation import gelu_mul, silu_mul, silu_mul_quantized
 from fusedops.ops.layer_norm import add_layer_norm, layer_norm
 from fusedops.ops.paged_attention import paged_attention
 from fusedops.ops.quantize import quantize_fp8, quantize_int8
 from fusedops.ops.quantize_int4 import quantize_int4
-from fusedops.ops.rms_norm import add_rms_norm, add_rms_norm_, rms_norm
+from fusedops.ops.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_,
+    add_rms_norm_quantized,
+    rms_norm,
+    rms_norm_quantized,
+)
 from fusedops.ops.rotary import rotary
 from fusedops.ops.scaled_matmul import fp8_matmul, int8_matmul
 from fusedops.ops.weight_only_matmul import weight_only_matmul

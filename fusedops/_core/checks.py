@@ -206,6 +206,13 @@ def check_activation(op, activation):
     check_choice(op, "activation", activation, (None, *ACTIVATIONS))
 
 
+def check_dtype(op, dtype, choices):
+    """Raise TypeError where the dtype of a result is not one of the choices."""
+    if dtype not in choices:
+        known = " or ".join(map(_dtype, choices))
+        raise TypeError(f"{op}: dtype must be {known}, got {_dtype(dtype)}")
+
+
 def check_eps(op, eps):
     """Raise where eps is not a finite number that is at least zero."""
     if not isinstance(eps, (int, float)) or isinstance(eps, bool):

@@ -2,7 +2,11 @@
 
 import torch
 
+from fusedops._core.device import MIN_FP8_CAPABILITY, limits
+
+NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}  # in Triton
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+DTYPES = tuple(LARGEST)
 LEAST_SCALE = 2.0**-126  # the smallest normal number: zeros have a scale too, and its reciprocal is finite
 
 
@@ -29,3 +33,20 @@ def quantized_rows(x, dtype):
         return values.to(dtype).contiguous(), scale
     codes = values.round_().to(dtype).contiguous()
     return codes.masked_fill_(~scale.isfinite().unsqueeze(-1), 0), scale
+
+
+def empty_rows(x, dtype):
+    """Where the codes of rows and their scales go."""
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def as_stored(values):
+    """(A tensor of codes as kernels store it, their constants CODE and BY_INTEGERS)."""
+    by_integers = values.dtype != torch.int8 and limits(values.device).capability < MIN_FP8_CAPABILITY
+    return values.view(torch.uint8) if by_integers else values, NAMES[values.dtype], by_integers
+
+
+def example(name, target):
+    """The same for a launch without tensors: (Triton's name of the stored type, CODE, BY_INTEGERS)."""
+    by_integers = name != "int8" and target.capability < MIN_FP8_CAPABILITY
+    return "i8" if name == "int8" else "u8" if by_integers else name, name, by_integers

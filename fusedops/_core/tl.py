@@ -41,9 +41,15 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def size_bits(x):
+    """Absolute values as bits, whose order as integers is that of the values; those of NaN are the largest."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def largest_bits(x, axis: tl.constexpr):
-    """The largest absolute value along an axis, as bits: as integers those of NaN are larger than any number's."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+    """The largest absolute value along an axis, as bits; NaN where there is one."""
+    return tl.max(size_bits(x), axis)
 
 
 @triton.jit
@@ -53,6 +59,12 @@ def scale_of(bits, CODE: tl.constexpr):
     largest: tl.constexpr = 127.0 if CODE == "int8" else 448.0 if CODE == "fp8e4nv" else 57344.0
     scale = tl.div_rn(top, tl.zeros_like(top) + largest)
     return tl.maximum(scale, LEAST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def inverse_of(scale):
+    """What a row's values are multiplied with to give its codes."""
+    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
 
 
 @triton.jit

@@ -222,7 +222,9 @@ def _difference(name, positional, named):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         results.append([_comparable(value) for value in (*outputs, *arguments) if isinstance(value, torch.Tensor)])
     try:
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        for found, wanted in zip(*results, strict=True):
+            one_code = found.dtype == torch.int8  # what is quantised may lie at the middle of two codes
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1 if one_code else 1e-5)
     except AssertionError as error:
         return first_line(error)
     return None

@@ -30,6 +30,13 @@ def randn(*shape, dtype=torch.bfloat16, seed=0):
     return torch.randn(shape, device=DEVICE, generator=generator).to(dtype)
 
 
+def same_bits(a, b):
+    """Whether two tensors are equal, of any dtype; float8 as the bytes that it is."""
+    if a.element_size() == 1:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(a, b)
+
+
 def wide(value):
     """A float64 copy of a floating-point tensor; anything else as it is."""
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

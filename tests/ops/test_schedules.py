@@ -86,9 +86,10 @@ def scales():
     return {name: torch.zeros(12, 8, 2) for name in ("k_scale", "v_scale")}
 
 
-def quantize(function, *shape, **options):
-    """Codes, then the scales."""
-    codes, scale = function(make_tensor(shape or (3, 300), DTYPE, seed=0), **options)
+def quantize(function, shape=(3, 300), tensors=1, **options):
+    """Codes, then the scales, of as many tensors."""
+    rows = [make_tensor(shape, DTYPE, seed=i) for i in range(tensors)]
+    codes, scale, *_ = function(*rows, **options)
     return torch.cat([codes.float().flatten(), scale.flatten()]), ()
 
 
@@ -128,9 +129,14 @@ CALLS = {
     "write_kv_cache": lambda: write(fusedops.write_kv_cache),
     "write_kv_cache, quantised": lambda: write(fusedops.write_kv_cache, **scales()),
     "quantize_int8": lambda: quantize(fusedops.quantize_int8),
-    "quantize_int8, one scale": lambda: quantize(fusedops.quantize_int8, 30, 2000, granularity="tensor"),
+    "quantize_int8, one scale": lambda: quantize(fusedops.quantize_int8, (30, 2000), granularity="tensor"),
     "quantize_fp8, blocks": lambda: quantize(fusedops.quantize_fp8, granularity="block"),
-    "quantize_fp8, blocks of rows": lambda: quantize(fusedops.quantize_fp8, 140, 130, granularity="block_2d"),
+    "quantize_fp8, blocks of rows": lambda: quantize(fusedops.quantize_fp8, (140, 130), granularity="block_2d"),
+    "rms_norm_quantized": lambda: quantize(fusedops.rms_norm_quantized, weight=None),
+    "add_rms_norm_quantized, long rows": lambda: quantize(
+        fusedops.add_rms_norm_quantized, (2, 16400), 2, weight=None, dtype=torch.float8_e4m3fn
+    ),
+    "silu_mul_quantized": lambda: quantize(fusedops.silu_mul_quantized, tensors=2),
     "int8_matmul, few rows": lambda: multiply("int8_matmul", "row", 5, 70, 1040),
     "int8_matmul, tiles": lambda: multiply("int8_matmul", "row", 150, 300, 656),
     "fp8_matmul, few rows": lambda: multiply("fp8_matmul", "block", 5, 70, 1040),

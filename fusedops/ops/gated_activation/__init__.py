@@ -1,8 +1,10 @@
 """Gated activations: the middle of a model's MLP in one pass."""
 
+import math
+
 import torch
 
-from fusedops._core import checks, env
+from fusedops._core import checks, codes, env
 from fusedops._core.register import register
 
 APPROXIMATIONS = ("none", "tanh")
@@ -39,6 +41,39 @@ def silu_mul(gate, up, *, out=None):
         return run(*args)
     _check("silu_mul", gate, up, out)
     return _silu_mul(*args, out=out)
+
+
+def silu_mul_quantized(gate, up, *, dtype=torch.int8):
+    """Apply SiLU to the gate, multiply by the other half, and quantise each row of the product.
+
+    ``values, scale = quantize(silu_mul(gate, up))``
+
+    Args:
+        gate: ``[..., N]``, float16, bfloat16 or float32, any N; rows may be strided, such as half of a packed
+            ``gate_up`` projection; the last dimension is contiguous.
+        up: gate's shape and dtype.
+        dtype: int8, float8_e4m3fn or float8_e5m2.
+
+    Returns:
+        ``(values, scale)``: gate's shape in `dtype`, contiguous, and float32 ``[...]``, one for each row, that
+        multiplies its values. Empty input gives empty values.
+
+    Raises:
+        ValueError: a shape, stride or device does not fit.
+        TypeError: a dtype is not one of the above.
+
+    Numerics: as `silu_mul`, whose result is rounded to gate's dtype, and then `quantize_int8` or `quantize_fp8` of
+        its rows, bitwise.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
+    From: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
+    """
+    args = gate, up, dtype
+    run = _silu_mul_quantized.ready(args)
+    if run is not None:
+        return run(*args)
+    _check("silu_mul_quantized", gate, up, None)
+    checks.check_dtype("silu_mul_quantized", dtype, codes.DTYPES)
+    return _silu_mul_quantized(*args)
 
 
 def gelu_mul(gate, up, *, approximate="none", out=None):
@@ -91,6 +126,11 @@ def _cost(gate, up, *options):
     return 3 * gate.numel() * gate.element_size(), 6 * gate.numel()
 
 
+def _cost_quantized(gate, *rest):
+    moved = (2 * gate.element_size() + 1) * gate.numel() + 4 * math.prod(gate.shape[:-1])
+    return moved, 10 * gate.numel()
+
+
 def _example(shape, dtype, device):
     gate, up = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     return (gate, up), {}
@@ -135,6 +175,14 @@ _gelu_mul = register(
     backward=_gelu_backward,
     out=True,
     cost=_cost,
+    example=_example,
+)
+_silu_mul_quantized = register(
+    "silu_mul_quantized(Tensor gate, Tensor up, ScalarType dtype) -> (Tensor, Tensor)",
+    package=__name__,
+    implementations=IMPLEMENTATIONS,
+    fake=lambda gate, up, dtype: codes.empty_rows(gate, dtype),
+    cost=_cost_quantized,
     example=_example,
 )
 _silu_mul_backward = register(

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from fusedops._core import codes
+
 _silu_backward = torch.ops.aten.silu_backward
 _gelu_backward = torch.ops.aten.gelu_backward
 
@@ -15,6 +17,11 @@ def silu_mul(gate, up, out=None):
 def gelu_mul(gate, up, approximate, out=None):
     """``F.gelu(gate, approximate=approximate) * up``."""
     return _gated(F.gelu(gate, approximate=approximate), up, out)
+
+
+def silu_mul_quantized(gate, up, dtype):
+    """The product, then its codes."""
+    return codes.quantized_rows(silu_mul(gate, up), dtype)
 
 
 def silu_mul_backward(grad, gate, up):

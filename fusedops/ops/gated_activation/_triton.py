@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedops._core import rows
+from fusedops._core import codes, rows
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
-from fusedops._core.tl import activate, row_offsets
+from fusedops._core.tl import activate, encoded, inverse_of, largest_bits, row_offsets, scale_of, size_bits
 
 
 @triton.jit
@@ -60,6 +60,49 @@ def _gated_kernel(
 
 
 @triton.jit
+def _product(gate_ptrs, up_ptrs, mask, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
+    """A tile of the result in `dtype`, float32 again."""
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
+    return (activate(gate, ACTIVATION).to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _gated_quantized_kernel(
+    gate_ptr, up_ptr, values_ptr, scale_ptr,
+    stride_gate_outer, stride_gate_inner, stride_up_outer, stride_up_inner, M, N, inner,
+    ACTIVATION: tl.constexpr, CODE: tl.constexpr, BY_INTEGERS: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_M rows as codes; rows longer than BLOCK_N twice, the second time from cache."""
+    dtype = gate_ptr.dtype.element_ty
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    mask_m = offs_m < M
+    gate_ptrs = gate_ptr + row_offsets(offs_m, inner, stride_gate_outer, stride_gate_inner)[:, None] + offs_n
+    up_ptrs = up_ptr + row_offsets(offs_m, inner, stride_up_outer, stride_up_inner)[:, None] + offs_n
+    values_ptrs = values_ptr + (offs_m * N)[:, None] + offs_n
+    if ONE_BLOCK:
+        mask = mask_m[:, None] & (offs_n < N)
+        y = _product(gate_ptrs, up_ptrs, mask, dtype, ACTIVATION)
+        scale = scale_of(largest_bits(y, 1), CODE)
+        tl.store(values_ptrs, encoded(y * inverse_of(scale)[:, None], CODE, -127.0, BY_INTEGERS), mask=mask)
+    else:
+        tops = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        for start in range(0, N, BLOCK_N):
+            mask = mask_m[:, None] & (start + offs_n < N)
+            y = _product(gate_ptrs + start, up_ptrs + start, mask, dtype, ACTIVATION)
+            tops = tl.maximum(tops, size_bits(y))
+        scale = scale_of(tl.max(tops, 1), CODE)
+        inverse = inverse_of(scale)[:, None]
+        for start in range(0, N, BLOCK_N):
+            mask = mask_m[:, None] & (start + offs_n < N)
+            y = _product(gate_ptrs + start, up_ptrs + start, mask, dtype, ACTIVATION)
+            tl.store(values_ptrs + start, encoded(y * inverse, CODE, -127.0, BY_INTEGERS), mask=mask)
+    tl.store(scale_ptr + offs_m, scale, mask=mask_m)
+
+
+@triton.jit
 def _gated_backward_kernel(
     grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
     stride_grad_outer, stride_grad_inner, stride_gate_outer, stride_gate_inner, stride_up_outer, stride_up_inner,
@@ -87,6 +130,8 @@ NUM_WARPS = 4
 
 def config(op, device_limits, *args):
     """The configuration of one call."""
+    if op == "silu_mul_quantized":
+        return rows.default(args[0].shape[-1])
     layout = _layout(*(arg for arg in args if isinstance(arg, torch.Tensor)))
     return _default(args[0].numel() if layout is None else layout[1])
 
@@ -113,6 +158,23 @@ def silu_mul(gate, up, out=None):
 def gelu_mul(gate, up, approximate, out=None):
     """Launch the kernel with either GELU."""
     return _launch(gate, up, out, _gelu_name(approximate))
+
+
+def silu_mul_quantized(gate, up, dtype):
+    """Launch the kernel whose programs take whole rows."""
+    values, scale = codes.empty_rows(gate, dtype)
+    if gate.numel() == 0:
+        return values, scale.fill_(codes.LEAST_SCALE)
+    (gate, up), (num_rows, inner, strides) = rows.stridable(gate, up)
+    n = gate.shape[-1]
+    tile = rows.default(n)
+    stored, code, by_integers = codes.as_stored(values)
+    _gated_quantized_kernel[(ceil_div(num_rows, tile.block_m),)](
+        gate, up, stored, scale, *strides, num_rows, n, inner,
+        ACTIVATION="silu", CODE=code, BY_INTEGERS=by_integers, ONE_BLOCK=n <= tile.block_n,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return values, scale
 
 
 def silu_mul_backward(grad, gate, up):
@@ -165,7 +227,9 @@ def _launch_backward(grad, gate, up, activation):
 
 
 def examples(dtype, target):
-    """Each activation on one row of more than 2**31 elements, and on rows of packed halves; forward and backward."""
+    """Each activation on one row of more than 2**31 elements, and on rows of packed halves; codes of a model's rows."""
+    for n, code in ((14336, "int8"), (28672, "fp8e4nv")):
+        yield _example_quantized(dtype, n, codes.example(code, target))
     forward = (_gated_kernel, ("gate", "up", "out"), ("gate", "up", "out"))
     backward = (_gated_backward_kernel, ("grad", "gate", "up", "dgate", "dup"), ("grad", "gate", "up"))
     for kernel, tensors, strided in (forward, backward):
@@ -179,3 +243,17 @@ def examples(dtype, target):
                     {**single, "inner": 1, "ACTIVATION": activation, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
                     divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps,
                 )  # fmt: skip
+
+
+def _example_quantized(dtype, n, how):
+    """A launch over rows of packed halves."""
+    stored, code, by_integers = how
+    tile = rows.default(n)
+    pointers = {"gate_ptr": f"*{dtype}", "up_ptr": f"*{dtype}", "values_ptr": f"*{stored}", "scale_ptr": "*fp32"}
+    strides = {f"stride_{name}_{part}": "i32" for name in ("gate", "up") for part in ("outer", "inner")}
+    return KernelExample(
+        _gated_quantized_kernel, {**pointers, **strides, "M": "i32", "N": "i32"},
+        {"inner": 1, "ACTIVATION": "silu", "CODE": code, "BY_INTEGERS": by_integers, "ONE_BLOCK": n <= tile.block_n,
+         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+        divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps,
+    )  # fmt: skip

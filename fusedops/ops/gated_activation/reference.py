@@ -16,6 +16,17 @@ def gelu_mul(gate, up, approximate="none", round_to=None):
     return _gated(_gelu(_widen(gate), approximate), gate, up, round_to)
 
 
+def silu_mul_quantized(gate, up, dtype=torch.int8):
+    """Codes of ``silu_mul(gate, up)`` and the scale of each row."""
+    out = silu_mul(gate, up).float()
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = (torch.nn.functional.pad(out.abs(), (0, 1)).amax(-1) / largest).clamp(min=2.0**-126)
+    codes = out * (1.0 / scale).unsqueeze(-1)
+    if dtype == torch.int8:
+        codes = torch.where(codes.isnan(), 0.0, codes).round()
+    return codes.to(dtype), scale
+
+
 def silu_mul_backward(grad, gate, up, round_to=None):
     """Gradients of gate and up; the inner rounding passes gate's straight through."""
     return _gradients(_silu, grad, gate, up, round_to)

@@ -96,8 +96,7 @@ def _check(op, x, granularity, scale=None, dtype=torch.float8_e4m3fn):
     checks.bind_shapes(op, x=(x, "... N K" if granularity == "block_2d" else "... K"))
     checks.check_float(op, x=x)
     checks.check_rows(op, x=x)
-    if dtype not in FP8:
-        raise TypeError(f"{op}: dtype must be torch.float8_e4m3fn or torch.float8_e5m2, got {dtype}")
+    checks.check_dtype(op, dtype, FP8)
     if scale is not None:
         _check_scale(op, x, granularity, scale)
 

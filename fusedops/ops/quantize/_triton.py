@@ -8,14 +8,12 @@ import triton
 import triton.language as tl
 
 from fusedops._core import codes, rows
-from fusedops._core.device import MIN_FP8_CAPABILITY, limits
+from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
-from fusedops._core.tl import encoded, largest_bits, row_offsets, scale_of
+from fusedops._core.tl import encoded, inverse_of, largest_bits, row_offsets, scale_of, size_bits
 from fusedops.ops.quantize import BLOCK, scale_shape
-
-CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 
 
 @triton.jit
@@ -49,7 +47,7 @@ def _quantize_kernel(
             for begin in range(0, N, BLOCK_N):
                 mask = mask_m[:, None] & (begin + offs_n < N)
                 x = tl.load(x_rows + begin + offs_n, mask=mask, other=0.0).to(tl.float32)
-                tops = tl.maximum(tops, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+                tops = tl.maximum(tops, size_bits(x))
             top = tl.max(tops, 1)
         scale = scale_of(top, CODE)
         tl.store(scale_ptr + offs_m * num_parts + part, scale, mask=mask_m)
@@ -64,7 +62,7 @@ def _quantize_kernel(
             tl.store(scale_ptr, one)
         scale = tl.full([BLOCK_M], 0.0, tl.float32) + one
 
-    inverse = tl.div_rn(tl.full([BLOCK_M], 1.0, tl.float32), scale)[:, None]
+    inverse = inverse_of(scale)[:, None]
     if ONE_BLOCK:
         tl.store(values_rows + offs_n, encoded(x * inverse, CODE, -127.0, BY_INTEGERS), mask=mask)
     else:
@@ -87,7 +85,7 @@ def _largest_kernel(
         x_rows = x_ptr + row_offsets(offs_m, inner, stride_x_outer, stride_x_inner)[:, None]
         mask = (offs_m < M)[:, None] & (offs_n < N)
         x = tl.load(x_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
-        tops = tl.maximum(tops, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        tops = tl.maximum(tops, size_bits(x))
     tl.store(tops_ptr + tl.program_id(0), tl.max(tops))
 
 
@@ -111,7 +109,7 @@ def _quantize_2d_kernel(
     else:
         scale = scale_of(tl.max(largest_bits(x, 1), 0), CODE)
         tl.store(scale_ptr + pid, scale)
-    inverse = tl.div_rn(tl.full([1, 1], 1.0, tl.float32), tl.full([1, 1], 0.0, tl.float32) + scale)
+    inverse = inverse_of(tl.full([1, 1], 0.0, tl.float32) + scale)
     values = encoded(x * inverse, CODE, -127.0, BY_INTEGERS)
     tl.store(values_ptr + (row * K)[:, None] + offs_k, values, mask=mask)
 
@@ -189,21 +187,15 @@ def _layout(x, granularity):
     return x, num_rows, x.shape[-1], inner, strides
 
 
-def _stored(values):
-    """(values as the kernels store them, constants CODE and BY_INTEGERS)."""
-    by_integers = values.dtype != torch.int8 and limits(values.device).capability < MIN_FP8_CAPABILITY
-    stored = values.view(torch.uint8) if by_integers else values
-    return stored, {"CODE": CODES[values.dtype], "BY_INTEGERS": by_integers}
-
-
 def _launch(x, given, values, scale, granularity, kind):
     x, num_rows, columns, inner, strides = _layout(x, granularity)
     tile = default(granularity, columns)
     parts = 1 if granularity == "row" else ceil_div(columns, tile.block_n)
-    stored, constants = _stored(values)
+    stored, code, by_integers = codes.as_stored(values)
     num_given = given.numel() if kind == "all" else 0
     constants = {
-        "SCALE": kind, **constants, "ONE_BLOCK": granularity != "row" or columns <= tile.block_n,
+        "SCALE": kind, "CODE": code, "BY_INTEGERS": by_integers,
+        "ONE_BLOCK": granularity != "row" or columns <= tile.block_n,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_GIVEN": power_of_2(num_given),
     }  # fmt: skip
     numbers = (*strides, num_rows, columns, inner, parts, num_given)
@@ -228,9 +220,9 @@ def _largest_values(x):
 def _launch_2d(x, given, values, scale):
     n, k = x.shape[-2:]
     (x,), (num_rows, inner, strides) = rows.stridable(x)
-    stored, constants = _stored(values)
+    stored, code, by_integers = codes.as_stored(values)
     blocks_n, blocks_k = ceil_div(n, BLOCK), ceil_div(k, BLOCK)
-    constants = {"HAS_SCALE": given is not None, **constants, "BLOCK_N": BLOCK}
+    constants = {"HAS_SCALE": given is not None, "CODE": code, "BY_INTEGERS": by_integers, "BLOCK_N": BLOCK}
     numbers = (*strides, n, k, inner, blocks_n, blocks_k)
     _quantize_2d((num_rows // n * blocks_n * blocks_k, 1, 1), (x, given, stored, scale), numbers, constants, WARPS_2D)
 
@@ -242,8 +234,8 @@ def examples(dtype, target):
         ("int8", "tensor", 1 << 32, "all"), ("fp8e4nv", "row", 4096, "own"), ("fp8e4nv", "block", 4096, "own"),
         ("fp8e4nv", "tensor", 1 << 32, "one"), ("fp8e4nv", "block", 4096, "each"), ("fp8e5", "row", 128, "own"),
     ):  # fmt: skip
-        yield _example(dtype, *_example_code(code, target), granularity, columns, kind)
-    yield _example_2d(dtype, *_example_code("fp8e4nv", target))
+        yield _example(dtype, codes.example(code, target), granularity, columns, kind)
+    yield _example_2d(dtype, codes.example("fp8e4nv", target))
     tile = default("tensor", 1 << 32)
     yield KernelExample(
         _largest_kernel,
@@ -254,19 +246,14 @@ def examples(dtype, target):
     )  # fmt: skip
 
 
-def _example_code(code, target):
-    """(Triton's name of the stored type, constants)."""
-    by_integers = code != "int8" and target.capability < MIN_FP8_CAPABILITY
-    stored = "i8" if code == "int8" else "u8" if by_integers else code
-    return stored, {"CODE": code, "BY_INTEGERS": by_integers}
-
-
-def _example(dtype, stored, launch, granularity, columns, kind):
+def _example(dtype, how, granularity, columns, kind):
     """A launch over contiguous rows."""
+    stored, code, by_integers = how
     tile = default(granularity, columns)
     flat = granularity == "tensor"
     constants = {
-        "SCALE": kind, **launch, "ONE_BLOCK": granularity != "row" or columns <= tile.block_n,
+        "SCALE": kind, "CODE": code, "BY_INTEGERS": by_integers,
+        "ONE_BLOCK": granularity != "row" or columns <= tile.block_n,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_GIVEN": 1024 if kind == "all" else 1,
         **({"num_parts": 1} if granularity == "row" else {}), **({"M": 1} if flat else {}), "stride_x_inner": 0,
         "inner": 1, **({"given_ptr": None} if kind == "own" else {}),
@@ -280,9 +267,13 @@ def _example(dtype, stored, launch, granularity, columns, kind):
     return KernelExample(_quantize_kernel, types, constants, divisible, num_warps=tile.num_warps)
 
 
-def _example_2d(dtype, stored, launch):
+def _example_2d(dtype, how):
     """A launch over one contiguous matrix."""
-    constants = {"HAS_SCALE": False, **launch, "BLOCK_N": BLOCK, "stride_x_inner": 0, "inner": 1, "given_ptr": None}
+    stored, code, by_integers = how
+    constants = {
+        "HAS_SCALE": False, "CODE": code, "BY_INTEGERS": by_integers, "BLOCK_N": BLOCK,
+        "stride_x_inner": 0, "inner": 1, "given_ptr": None,
+    }  # fmt: skip
     pointers = {"x_ptr": f"*{dtype}", "values_ptr": f"*{stored}", "scale_ptr": "*fp32"}
     types = {name: pointers.get(name, "i32") for name in _quantize_2d_kernel.arg_names if name not in constants}
     divisible = (*pointers, "stride_x_outer", "N", "K")

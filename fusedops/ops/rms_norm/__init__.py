@@ -1,8 +1,10 @@
 """RMS norm, alone and fused with the residual addition before it."""
 
+import math
+
 import torch
 
-from fusedops._core import checks, env
+from fusedops._core import checks, codes, env
 from fusedops._core.register import register
 
 MAX_N = 65536  # two int32 row offsets and float32 sums stay exact enough; no model comes near
@@ -103,6 +105,72 @@ def add_rms_norm_(x, residual, weight, eps=1e-6, *, weight_offset=0.0, rounding=
     _add_rms_norm_(x, residual, weight, eps, weight_offset, rounding)
 
 
+def rms_norm_quantized(x, weight, eps=1e-6, *, dtype=torch.int8, weight_offset=0.0, rounding="once"):
+    """Divide each row by its root mean square, scale it, and quantise it.
+
+    ``values, scale = quantize(rms_norm(x, weight, eps))``
+
+    Args:
+        x: ``[..., N]``, float16, bfloat16 or float32; rows may be strided, the last dimension is contiguous.
+        weight, eps, weight_offset, rounding: As in `rms_norm`.
+        dtype: int8, float8_e4m3fn or float8_e5m2.
+
+    Returns:
+        ``(values, scale)``: x's shape in `dtype`, contiguous, and float32 ``[...]``, one for each row, that multiplies
+        its values. Empty input gives empty values.
+
+    Raises:
+        ValueError: a shape, stride, device or option does not fit.
+        TypeError: a dtype is not one of the above.
+        NotImplementedError: N > MAX_N.
+
+    Numerics: as `rms_norm`, whose result is rounded to x's dtype, and then `quantize_int8` or `quantize_fp8` of its
+        rows, bitwise.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
+    From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
+    """
+    args = x, weight, eps, weight_offset, rounding, dtype
+    run = _rms_norm_quantized.ready(args)
+    if run is not None:
+        return run(*args)
+    _check("rms_norm_quantized", weight, eps, rounding, x=x)
+    checks.check_dtype("rms_norm_quantized", dtype, codes.DTYPES)
+    return _rms_norm_quantized(*args)
+
+
+def add_rms_norm_quantized(x, residual, weight, eps=1e-6, *, dtype=torch.int8, weight_offset=0.0, rounding="once"):
+    """Add a residual, divide each row by its root mean square, scale it, and quantise it.
+
+    ``out, h = add_rms_norm(x, residual, weight, eps)``;  ``values, scale = quantize(out)``
+
+    Args:
+        x: ``[..., N]``, float16, bfloat16 or float32; rows may be strided, the last dimension is contiguous.
+        residual: x's shape and dtype. Not modified.
+        weight, eps, weight_offset, rounding: As in `rms_norm`.
+        dtype: int8, float8_e4m3fn or float8_e5m2.
+
+    Returns:
+        ``(values, scale, h)``: the first two as `rms_norm_quantized`, and the sum in x's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, stride, device or option does not fit.
+        TypeError: a dtype is not one of the above.
+        NotImplementedError: N > MAX_N.
+
+    Numerics: as `add_rms_norm`, whose results are rounded to x's dtype, and then `quantize_int8` or `quantize_fp8` of
+        its rows, bitwise.
+    Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
+    From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
+    """
+    args = x, residual, weight, eps, weight_offset, rounding, dtype
+    run = _add_rms_norm_quantized.ready(args)
+    if run is not None:
+        return run(*args)
+    _check("add_rms_norm_quantized", weight, eps, rounding, x=x, residual=residual)
+    checks.check_dtype("add_rms_norm_quantized", dtype, codes.DTYPES)
+    return _add_rms_norm_quantized(*args)
+
+
 def _check(op, weight, eps, rounding, **rows):
     shapes = {name: (tensor, "... N") for name, tensor in rows.items()}
     sizes = checks.bind_shapes(op, **shapes, weight=(weight, "N?"))
@@ -122,6 +190,11 @@ def _cost(x, *rest):
     moved = (4 if residual else 2) * x.numel() * x.element_size()
     moved += sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.dim() == 1 and tensor is not x)
     return moved, (5 if residual else 4) * x.numel()
+
+
+def _cost_quantized(x, *rest):
+    moved, operations = _cost(x, *rest)
+    return moved - x.numel() * (x.element_size() - 1) + 4 * math.prod(x.shape[:-1]), operations + 4 * x.numel()
 
 
 def _example(shape, dtype, device):
@@ -190,6 +263,22 @@ _add_rms_norm_ = register(
     implementations=IMPLEMENTATIONS,
     fake=lambda x, residual, *rest: None,
     cost=_cost,
+    example=_example_residual,
+)
+_rms_norm_quantized = register(
+    f"rms_norm_quantized(Tensor x, {_OPTIONS}, ScalarType dtype) -> (Tensor, Tensor)",
+    package=__name__,
+    implementations=IMPLEMENTATIONS,
+    fake=lambda x, *options: codes.empty_rows(x, options[-1]),
+    cost=_cost_quantized,
+    example=_example,
+)
+_add_rms_norm_quantized = register(
+    f"add_rms_norm_quantized(Tensor x, Tensor residual, {_OPTIONS}, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    package=__name__,
+    implementations=IMPLEMENTATIONS,
+    fake=lambda x, *options: (*codes.empty_rows(x, options[-1]), x.new_empty(x.shape)),
+    cost=_cost_quantized,
     example=_example_residual,
 )
 _rms_norm_backward = register(

@@ -5,6 +5,8 @@
 
 import torch
 
+from fusedops._core import codes
+
 
 def rms_norm(x, weight, eps, weight_offset, rounding, out=None):
     """The norm, contiguous or in `out`."""
@@ -35,6 +37,17 @@ def add_rms_norm_(x, residual, weight, eps, weight_offset, rounding):
     """In place, without a copy of the sum."""
     residual += x
     x.copy_(_normalise(residual, weight, eps, weight_offset, rounding))
+
+
+def rms_norm_quantized(x, weight, eps, weight_offset, rounding, dtype):
+    """The norm, then its codes."""
+    return codes.quantized_rows(_normalise(x, weight, eps, weight_offset, rounding), dtype)
+
+
+def add_rms_norm_quantized(x, residual, weight, eps, weight_offset, rounding, dtype):
+    """The sum, its norm, then the codes."""
+    out, h = add_rms_norm(x, residual, weight, eps, weight_offset, rounding)
+    return *codes.quantized_rows(out, dtype), h
 
 
 def rms_norm_backward(grad, x, weight, eps, weight_offset, grad_h):

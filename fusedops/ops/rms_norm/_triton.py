@@ -4,11 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedops._core import rows
+from fusedops._core import codes, rows
 from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div
-from fusedops._core.tl import row_offsets
+from fusedops._core.tl import encoded, inverse_of, largest_bits, row_offsets, scale_of, size_bits
 
 
 @triton.jit
@@ -68,6 +68,80 @@ def _rms_norm_kernel(
                 scale = tl.load(weight_ptr + start + offs_n, mask=start + offs_n < N, other=0.0).to(tl.float32)
                 y *= scale + weight_offset
             tl.store(out_rows + start + offs_n, y.to(dtype), mask=mask)
+
+
+@triton.jit
+def _normalised(
+    x, rstd, weight_ptr, offs_n, N, weight_offset,
+    dtype: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND_FIRST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the result in `dtype`, float32 again."""
+    y = x * rstd[:, None]
+    if ROUND_FIRST:
+        y = y.to(dtype).to(tl.float32)
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32) + weight_offset
+    return y.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _rms_norm_quantized_kernel(
+    x_ptr, residual_ptr, weight_ptr, values_ptr, scale_ptr, h_ptr,
+    stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner, M, N, inner, eps, weight_offset,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND_FIRST: tl.constexpr, CODE: tl.constexpr,
+    BY_INTEGERS: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program normalises BLOCK_M rows and gives their codes; rows longer than BLOCK_N are read three times."""
+    dtype = x_ptr.dtype.element_ty
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    mask_m = (offs_m < M)[:, None]
+    x_rows = x_ptr + row_offsets(offs_m, inner, stride_x_outer, stride_x_inner)[:, None]
+    values_rows = values_ptr + (offs_m * N)[:, None]
+    h_rows = x_rows
+    if HAS_RESIDUAL:
+        residual_rows = residual_ptr + row_offsets(offs_m, inner, stride_residual_outer, stride_residual_inner)[:, None]
+        h_rows = h_ptr + (offs_m * N)[:, None]
+
+    if ONE_BLOCK:
+        mask = mask_m & (offs_n < N)
+        x = tl.load(x_rows + offs_n, mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            rounded = (x + tl.load(residual_rows + offs_n, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+            tl.store(h_rows + offs_n, rounded, mask=mask)
+            x = rounded.to(tl.float32)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + eps)
+        y = _normalised(x, rstd, weight_ptr, offs_n, N, weight_offset, dtype, HAS_WEIGHT, ROUND_FIRST)
+        scale = scale_of(largest_bits(tl.where(mask, y, 0.0), 1), CODE)
+        tl.store(values_rows + offs_n, encoded(y * inverse_of(scale)[:, None], CODE, -127.0, BY_INTEGERS), mask=mask)
+    else:
+        squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, N, BLOCK_N):
+            mask = mask_m & (start + offs_n < N)
+            x = tl.load(x_rows + start + offs_n, mask=mask, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                rounded = (x + tl.load(residual_rows + start + offs_n, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+                tl.store(h_rows + start + offs_n, rounded, mask=mask)
+                x = rounded.to(tl.float32)
+            squares += x * x
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / N + eps)
+        if HAS_RESIDUAL:
+            tl.debug_barrier()  # h is read back below, possibly by other threads of this program
+        tops = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        for start in range(0, N, BLOCK_N):
+            mask = mask_m & (start + offs_n < N)
+            x = tl.load(h_rows + start + offs_n, mask=mask, other=0.0).to(tl.float32)
+            y = _normalised(x, rstd, weight_ptr, start + offs_n, N, weight_offset, dtype, HAS_WEIGHT, ROUND_FIRST)
+            tops = tl.maximum(tops, size_bits(tl.where(mask, y, 0.0)))
+        scale = scale_of(tl.max(tops, 1), CODE)
+        inverse = inverse_of(scale)[:, None]
+        for start in range(0, N, BLOCK_N):
+            mask = mask_m & (start + offs_n < N)
+            x = tl.load(h_rows + start + offs_n, mask=mask, other=0.0).to(tl.float32)
+            y = _normalised(x, rstd, weight_ptr, start + offs_n, N, weight_offset, dtype, HAS_WEIGHT, ROUND_FIRST)
+            stored = encoded(y * inverse, CODE, -127.0, BY_INTEGERS)
+            tl.store(values_rows + start + offs_n, stored, mask=mask)
+    tl.store(scale_ptr + offs_m, scale, mask=offs_m < M)
 
 
 @triton.jit
@@ -210,6 +284,37 @@ def _launch_copied(x, residual, weight, out, h, eps, weight_offset, rounding):
         h.copy_(sums)
 
 
+def rms_norm_quantized(x, weight, eps, weight_offset, rounding, dtype):
+    """Launch the kernel that ends in codes, without a residual."""
+    values, scale = codes.empty_rows(x, dtype)
+    _launch_quantized(x, None, weight, values, scale, None, eps, weight_offset, rounding)
+    return values, scale
+
+
+def add_rms_norm_quantized(x, residual, weight, eps, weight_offset, rounding, dtype):
+    """Launch the kernel that ends in codes, with a residual."""
+    (values, scale), h = codes.empty_rows(x, dtype), x.new_empty(x.shape)
+    _launch_quantized(x, residual, weight, values, scale, h, eps, weight_offset, rounding)
+    return values, scale, h
+
+
+def _launch_quantized(x, residual, weight, values, scale, h, eps, weight_offset, rounding):
+    if x.numel() == 0:
+        scale.fill_(codes.LEAST_SCALE)
+        return
+    given, (num_rows, inner, strides) = rows.stridable(*(t for t in (x, residual) if t is not None))
+    n = x.shape[-1]
+    tile = rows.default(n)
+    stored, code, by_integers = codes.as_stored(values)
+    _rms_norm_quantized_kernel[(ceil_div(num_rows, tile.block_m),)](
+        given[0], None if residual is None else given[1], weight, stored, scale, h,
+        *strides[:2], *(strides[2:4] or (0, 0)), num_rows, n, inner, eps, weight_offset,
+        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, ROUND_FIRST=rounding == "llama",
+        CODE=code, BY_INTEGERS=by_integers, ONE_BLOCK=n <= tile.block_n,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
 def rms_norm_backward(grad, x, weight, eps, weight_offset, grad_h):
     """dx in one pass over the rows, and the weight's gradient from one partial sum per program."""
     n = x.shape[-1]
@@ -257,3 +362,20 @@ def examples(dtype, target):
              "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
             divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps,
         )  # fmt: skip
+    for n, code in ((4096, "int8"), (16384, "fp8e4nv"), (32768, "int8")):
+        yield _example_quantized(dtype, n, codes.example(code, target))
+
+
+def _example_quantized(dtype, n, how):
+    """A launch with a residual and a weight."""
+    stored, code, by_integers = how
+    tile = rows.default(n)
+    pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr"), f"*{dtype}")
+    pointers |= {"values_ptr": f"*{stored}", "scale_ptr": "*fp32", "h_ptr": f"*{dtype}"}
+    strides = {f"stride_{name}_{part}": "i32" for name in ("x", "residual") for part in ("outer", "inner")}
+    return KernelExample(
+        _rms_norm_quantized_kernel, {**pointers, **strides, **SCALARS},
+        {"inner": 1, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "ROUND_FIRST": False, "CODE": code,
+         "BY_INTEGERS": by_integers, "ONE_BLOCK": n <= tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+        divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps,
+    )  # fmt: skip

@@ -32,6 +32,28 @@ def add_rms_norm_(x, residual, weight, eps, weight_offset=0.0, rounding="once"):
     residual.copy_(h)
 
 
+def rms_norm_quantized(x, weight, eps, weight_offset=0.0, rounding="once", dtype=torch.int8):
+    """Codes of ``rms_norm(x)`` and the scale of each row."""
+    return _quantized(rms_norm(x, weight, eps, weight_offset, rounding), dtype)
+
+
+def add_rms_norm_quantized(x, residual, weight, eps, weight_offset=0.0, rounding="once", dtype=torch.int8):
+    """Codes of ``add_rms_norm(x, residual)``, the scale of each row, and the sum."""
+    out, h = add_rms_norm(x, residual, weight, eps, weight_offset, rounding)
+    return *_quantized(out, dtype), h
+
+
+def _quantized(out, dtype):
+    """The scale brings a row's largest value to the largest code; in int8 NaN is 0."""
+    out = out.float()
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = (torch.nn.functional.pad(out.abs(), (0, 1)).amax(-1) / largest).clamp(min=2.0**-126)
+    codes = out * (1.0 / scale).unsqueeze(-1)
+    if dtype == torch.int8:
+        codes = torch.where(codes.isnan(), 0.0, codes).round()
+    return codes.to(dtype), scale
+
+
 def rms_norm_backward(grad, x, weight, eps, weight_offset=0.0, grad_h=None):
     """Gradients of x and weight by differentiating `rms_norm`; grad_h is what reaches x past the norm."""
     with torch.enable_grad():
