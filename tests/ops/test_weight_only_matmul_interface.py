@@ -84,6 +84,8 @@ X = torch.ones(2, 100)
 V8, V4 = torch.ones(6, 100, dtype=torch.int8), torch.ones(6, 50, dtype=torch.uint8)
 S1, S4 = torch.ones(6), torch.ones(6, 4)
 Z4 = torch.zeros(6, 4, dtype=torch.uint8)
+LONG = torch.empty(1, 2**30 + 1, device="meta", dtype=torch.int8)
+ONE = torch.ones(1, device="meta")
 REJECTS = [
     (lambda: weight_only_matmul([1], V8, S1), TypeError, "weight_only_matmul: x must be a torch.Tensor, got list"),
     (lambda: weight_only_matmul(X, V8, 0.5), TypeError, "scale must be a torch.Tensor, got float"),
@@ -113,6 +115,9 @@ REJECTS = [
     (lambda: weight_only_matmul(X, V8, S1, residual=S1), ValueError, "residual must have shape"),
     (lambda: weight_only_matmul(X, V8, S1, residual=X[:, :6].half()), TypeError, "residual must be float32, got"),
     (lambda: weight_only_matmul(X, V8, S1, activation="tanh"), ValueError, "activation must be one of None, 'silu'"),
+    (lambda: weight_only_matmul(LONG.half(), LONG, ONE), NotImplementedError, "K must be at most MAX_SIZE = 10737"),
+    (lambda: weight_only_matmul(ONE[None], LONG.T, ONE), NotImplementedError, "N must be at most .* got 1073741825"),
+    (lambda: weight_only_matmul(LONG.T.half(), ONE[None].char(), ONE), NotImplementedError, "the rows of x must"),
     (lambda: weight_only_matmul(X.T.contiguous().T, V8, S1), ValueError, "x must have a contiguous last dimension"),
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from fusedops.ops.attention import check_table
 from fusedops.ops.weight_only_matmul._groups import BLOCK, GROUPS
 
 FORMATS = (torch.int8, torch.float8_e4m3fn, torch.uint8)
+MAX_SIZE = 2**30  # rows of x, N and K; kernels count them in 32 bits
 
 
 def weight_only_matmul(x, values, scale, *, zero=None, bias=None, activation=None, residual=None):
@@ -37,6 +38,7 @@ def weight_only_matmul(x, values, scale, *, zero=None, bias=None, activation=Non
         ValueError: a shape, stride, device or option does not fit; with FUSEDOPS_VALIDATE=2 also scales that are not
             finite and above 0.
         TypeError: a dtype is not one of the above.
+        NotImplementedError: a size > MAX_SIZE.
 
     Numerics: int8, float8 and 4-bit codes less their zero are exact in every dtype of x; products with them are summed
         in float32 (of float32 x with float32 products), each group's sum times its scale in float32; one scale or
@@ -71,6 +73,9 @@ def _check(x, values, scale, zero, bias, residual, activation):
     if sizes["columns"] != (-(-K // 2) if packed else K):
         dims = "[N, ceil(K / 2)]" if packed else "[N, K]"
         raise ValueError(f"{op}: values must have shape {dims} with K={K}, got {list(values.shape)}")
+    for name, size in (("the rows of x", x.numel() // K), ("N", N), ("K", K)):
+        if size > MAX_SIZE:
+            raise NotImplementedError(f"{op}: {name} must be at most MAX_SIZE = {MAX_SIZE}, got {size}")
     checks.check_rows(op, x=x, values=values, bias=bias, residual=residual)
     checks.check_parameter(op, x, bias=bias)
     checks.check_activation(op, activation)
