@@ -311,8 +311,13 @@ def _launch_quantized(x, residual, weight, values, scale, h, eps, weight_offset,
         *strides[:2], *(strides[2:4] or (0, 0)), num_rows, n, inner, eps, weight_offset,
         HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, ROUND_FIRST=rounding == "llama",
         CODE=code, BY_INTEGERS=by_integers, ONE_BLOCK=n <= tile.block_n,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, maxnreg=_max_registers(n, tile),
     )  # fmt: skip
+
+
+def _max_registers(n, tile):
+    """Where rows are read in blocks, all registers that 16 warps have: left to itself, ptxas spills to use fewer."""
+    return None if n <= tile.block_n else 128
 
 
 def rms_norm_backward(grad, x, weight, eps, weight_offset, grad_h):
@@ -377,5 +382,5 @@ def _example_quantized(dtype, n, how):
         _rms_norm_quantized_kernel, {**pointers, **strides, **SCALARS},
         {"inner": 1, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "ROUND_FIRST": False, "CODE": code,
          "BY_INTEGERS": by_integers, "ONE_BLOCK": n <= tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
-        divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps,
+        divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps, max_registers=_max_registers(n, tile),
     )  # fmt: skip
