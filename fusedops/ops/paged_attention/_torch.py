@@ -24,7 +24,11 @@ def paged_attention(
     capacity = block_table.shape[1] * k_cache.shape[1]
     absent = (block_table < 0) | (block_table >= k_cache.shape[0])
     suspicious = bool(absent.any())  # unused entries may be anything
-    for b, length in enumerate(cache_seqlens.tolist()):
+    lengths = cache_seqlens.tolist()
+    room = -(-min(max(lengths, default=0), capacity) // k_cache.shape[1])
+    # one place for the pages of all sequences: fresh memory for each costs more than the copy
+    places = [None if quantised else cache.new_empty((room, *cache.shape[1:])) for cache in (k_cache, v_cache)]
+    for b, length in enumerate(lengths):
         length = min(max(length, 0), capacity)
         first, last = (min(max(start, 0), len(q)) for start in starts[b : b + 2])
         if first >= last:
@@ -32,8 +36,8 @@ def paged_attention(
         used = slice(0, -(-length // k_cache.shape[1]))
         pages = block_table[b, used]
         missing = absent[b, used] if suspicious and bool(absent[b, used].any()) else None
-        keys = _gather(k_cache, k_scale, pages, missing, length, quantised, float("nan"))
-        values = _gather(v_cache, v_scale, pages, missing, length, quantised, 0.0)
+        keys = _gather(k_cache, k_scale, pages, missing, length, places[0], float("nan"))
+        values = _gather(v_cache, v_scale, pages, missing, length, places[1], 0.0)
         queries = q[first:last].float() if quantised else q[first:last]
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
         mask = None if tree_mask is None else _tree(tree_mask[first:last], length)
@@ -45,14 +49,20 @@ def paged_attention(
     return out, lse
 
 
-def _gather(cache, scale, pages, missing, length, quantised, filling):
-    """[length, Hk, D] of one sequence, in float32 where the stored values are codes; `filling` on missing pages."""
+def _gather(cache, scale, pages, missing, length, place, filling):
+    """[length, Hk, D] of one sequence, in `place`, or in float32 where the stored values are codes and it is None.
+
+    Missing pages are full of `filling`.
+    """
     if missing is not None:
         pages = pages.masked_fill(missing, 0)
         if cache.shape[0] == 0:
             cache = cache.new_zeros((1, *cache.shape[1:]))
             scale = scale if scale is None or scale.dim() < 3 else scale.new_zeros((1, *scale.shape[1:]))
-    found = cache[pages].float() if quantised else cache.index_select(0, pages)
+    if place is None:
+        found = cache[pages].float()
+    else:
+        found = torch.index_select(cache, 0, pages, out=place[: len(pages)])
     if scale is not None:
         found *= scale[pages][..., None] if scale.dim() == 3 else scale.reshape(-1, 1)
     if missing is not None:
