@@ -157,7 +157,8 @@ def attention_forward(
     state = getattr(module, ATTENTION_ATTRIBUTE, None)
     options = (scaling, dropout, sliding_window, softcap, s_aux, is_causal)
     if continuous_attention.takes(kwargs.get("cache")):
-        return _paged_forward(module, state, query, key, value, options, kwargs)
+        paged = paged_forward if _not_compiled is None or not _is_compiling() else _not_compiled
+        return paged(module, state, query, key, value, options, kwargs)
     reason = None
     if state is None:
         reason = ""
@@ -207,7 +208,7 @@ def paged_forward(module, state, query, key, value, options, kwargs):
     return run_stock(module, state, query, key, value, mask, {**_given(options), **rest})
 
 
-_paged_forward = paged_forward
+_not_compiled = None  # `paged_forward` where the compiler must not look into it
 
 
 def enable_paged():
@@ -215,8 +216,8 @@ def enable_paged():
 
     Not before an engine is made: the decorator imports the compiler.
     """
-    global _paged_forward
-    _paged_forward = torch.compiler.disable(paged_forward)
+    global _not_compiled
+    _not_compiled = torch.compiler.disable(paged_forward)
 
 
 def _compute(query, key, value, mask, scaling, softcap, sinks, causal):

@@ -58,6 +58,8 @@ class PatchedModel:
         staying = [(module, state) for module, state in self._installed if id(state) not in gone]
         restore_all([(module, state) for module, state in self._installed if id(state) in gone], staying)
         self._installed = staying
+        if not any(isinstance(state, attention.AttentionState) for _, state in staying):
+            self.report.engine = ""  # the engine finds the model's own attention again
         self.replacements = [r for r in self.replacements if id(r.state) not in gone]
         self.report.rows = [
             replace(row, status="skipped", replacement="", reason=reasons[row.path, row.kind])

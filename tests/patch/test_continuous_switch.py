@@ -140,6 +140,18 @@ def test_parts_that_are_gone(monkeypatch):
     assert continuous.unsupported().endswith("lacks get_cache_for_block_table")
 
 
+def test_attention_that_was_dropped():
+    """As verification does where it does not agree: the engine is the model's own again."""
+    model, inputs = tiny("llama"), prompts((3, 9))
+    expected = together(model, inputs, 4)
+    handle = patch(model)
+    handle.drop({(row.path, row.kind): "a reason" for row in handle.report.replaced if row.kind == "attention"})
+    assert handle.report.engine == "" and model.config._attn_implementation == "eager"
+    assert together(model, inputs, 4) == expected
+    handle.undo()
+    assert "init_continuous_batching" not in vars(model)
+
+
 def test_only_with_attention():
     """Without our attention, and without a model that generates, there is nothing to do."""
     model, inputs = tiny("llama"), prompts((3, 9))
