@@ -161,6 +161,18 @@ def test_scales_multiply(implementation, kind):
     assert torch.equal(x, before) and out.count_nonzero() > 100
 
 
+@EVERY_KERNEL
+@pytest.mark.parametrize("K", [70, 1100])
+def test_residuals_and_x_in_wider_buffers(implementation, K):
+    """Whose slack is NaN; with long rows the parts' sum reads the residual."""
+    values, scale, _ = weight_of("int8 row", 20, K, seed=6)
+    x, residual = (make_tensor((3, size), torch.bfloat16, seed=size, layout="padded") for size in (K, 20))
+    with using(implementation):
+        out = weight_only_matmul(x, values, scale, residual=residual)
+        assert torch.equal(out, weight_only_matmul(x.contiguous(), values, scale, residual=residual.contiguous()))
+    assert_accurate(out, truth_of(x, values, scale, residual=residual))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_tables_of_any_strides(implementation):
     """B25: pytorch/FBGEMM#2713: nonsense for operands in another order."""

@@ -30,11 +30,13 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
     group = group_of(values.shape[0], x.shape[-1], tuple(scale.shape))
     out = (_packed if _packable(rows, values, scale) else _blocked)(rows, values, scale, zero, group)
     out = out.view(*x.shape[:-1], values.shape[0])
+    if bias is not None or activation is not None or residual is not None:
+        out = out.float()
     if bias is not None:
-        out = out.float() + bias
+        out = out + bias
     out = _ACTIVATIONS[activation](out)
     if residual is not None:
-        out = out.float() + residual
+        out = out + residual
     return out.to(x.dtype)
 
 
