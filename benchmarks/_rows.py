@@ -98,14 +98,14 @@ def table(rows):
     eager = {key(row): row for row in rows if row["timed"] == EAGER}
     on_device = {key(row): row for row in rows if row["timed"] == ON_DEVICE}
     lines = [
-        f"{'operator':<17}{'shape':<34}{'dtype':<14}{'ours us':>10} {'best peer':<17}{'peer us':>10}"
+        f"{'operator':<23}{'shape':<34}{'dtype':<14}{'ours us':>10} {'best peer':<17}{'peer us':>10}"
         f"{'ratio':>7}{'reached':>10}{'goal':>6}{'error':>9}{'eager us':>10}{'ratio':>7}"
     ]
     for row_key in dict.fromkeys(key(row) for row in rows):
         row = on_device.get(row_key) or eager[row_key]
         best = row["peers"][row["best_peer"]] if row["best_peer"] else None
         line = (
-            f"{row['op']:<17}{row['shape']:<34}{row['dtype']:<14}{row['seconds'] * 1e6:>10.1f} "
+            f"{row['op']:<23}{row['shape']:<34}{row['dtype']:<14}{row['seconds'] * 1e6:>10.1f} "
             f"{row['best_peer'] or '-':<17}{microseconds(best):>10}{ratio(row):>7}{share(row):>10}"
             f"{goal(row):>6}{error(row):>9}"
         )

@@ -26,13 +26,14 @@ def quantized_rows(x, dtype):
     """Codes of rows ``[..., K]`` and the scale of each, computed from its largest value; both are contiguous."""
     if not x.numel():
         return x.new_empty(x.shape, dtype=dtype), x.new_full(x.shape[:-1], LEAST_SCALE, dtype=torch.float32)
-    low, high = torch.aminmax(x, dim=-1)
-    scale = scale_of(torch.maximum(high, low.neg_()).float(), dtype).contiguous()
+    scale = scale_of(x.abs().amax(-1).float(), dtype).contiguous()  # aminmax of rows is many times slower
     values = x * scale.reciprocal().unsqueeze(-1)  # float32, within the range; NaN only where the scale is not finite
     if dtype != torch.int8:
         return values.to(dtype).contiguous(), scale
     codes = values.round_().to(dtype).contiguous()
-    return codes.masked_fill_(~scale.isfinite().unsqueeze(-1), 0), scale
+    if not x.is_cpu or not scale.amax().item() < float("inf"):  # elsewhere looking would wait for the device
+        codes.masked_fill_(~scale.isfinite().unsqueeze(-1), 0)
+    return codes, scale
 
 
 def empty_rows(x, dtype):
