@@ -7,12 +7,16 @@ import torch
 
 from fusedops._core.register import operators
 
+GATHERED = 1 << 20  # elements of keys that are gathered at once: larger copies are fresh memory each time
+
+_attend = torch._scaled_dot_product_flash_attention_for_cpu
+
 
 def paged_attention(
     q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, sinks, alibi_slopes, k_scale, v_scale,
     tree_mask, softmax_scale, causal, window_left, window_right, softcap, num_splits,
 ):  # fmt: skip
-    """One sequence after another."""
+    """One sequence after another; decoding without options has a shorter way."""
     out = torch.zeros((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32, device=q.device)
     if q.is_meta:
@@ -20,33 +24,80 @@ def paged_attention(
     attention = operators()["attention"]
     attend = attention.direct(q) or attention
     quantised = k_cache.dtype != q.dtype
-    starts = range(len(q) + 1) if cu_seqlens_q is None else cu_seqlens_q.tolist()
-    capacity = block_table.shape[1] * k_cache.shape[1]
-    absent = (block_table < 0) | (block_table >= k_cache.shape[0])
-    suspicious = bool(absent.any())  # unused entries may be anything
-    lengths = cache_seqlens.tolist()
-    room = -(-min(max(lengths, default=0), capacity) // k_cache.shape[1])
+    sequences = list(_sequences(q, k_cache, block_table, cache_seqlens, cu_seqlens_q))
+    if sinks is alibi_slopes is tree_mask is None and window_left < 0 and softcap == 0.0 and softmax_scale > 0.0:
+        if q.is_cpu and q.dtype is k_cache.dtype is torch.float32 and q.shape[2] == v_cache.shape[3]:
+            sequences = _single_queries(q, k_cache, v_cache, sequences, softmax_scale, out, lse)
     # one place for the pages of all sequences: fresh memory for each costs more than the copy
+    room = max((len(pages) for *_, pages, _ in sequences), default=0)
     places = [None if quantised else cache.new_empty((room, *cache.shape[1:])) for cache in (k_cache, v_cache)]
-    for b, length in enumerate(lengths):
-        length = min(max(length, 0), capacity)
-        first, last = (min(max(start, 0), len(q)) for start in starts[b : b + 2])
-        if first >= last:
-            continue
-        used = slice(0, -(-length // k_cache.shape[1]))
-        pages = block_table[b, used]
-        missing = absent[b, used] if suspicious and bool(absent[b, used].any()) else None
+    for b, rows, length, pages, missing in sequences:
         keys = _gather(k_cache, k_scale, pages, missing, length, places[0], float("nan"))
         values = _gather(v_cache, v_scale, pages, missing, length, places[1], 0.0)
-        queries = q[first:last].float() if quantised else q[first:last]
+        queries = q[rows].float() if quantised else q[rows]
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
-        mask = None if tree_mask is None else _tree(tree_mask[first:last], length)
+        mask = None if tree_mask is None else _tree(tree_mask[rows], length)
         part, sums = attend(
             queries[None], keys[None], values[None], sinks if sinks is None or not quantised else sinks.float(),
             slopes, mask, None, None, None, softmax_scale, causal, window_left, window_right, softcap,
         )  # fmt: skip
-        out[first:last], lse[:, first:last] = part[0], sums[0]
+        out[rows], lse[:, rows] = part[0], sums[0]
     return out, lse
+
+
+def _sequences(q, k_cache, block_table, cache_seqlens, cu_seqlens_q):
+    """(number, rows of q, length, pages, which of them are missing or None) of each sequence that has a query."""
+    (num_pages, page_size), total = k_cache.shape[:2], len(q)
+    starts = range(total + 1) if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    capacity = block_table.shape[1] * page_size
+    absent = (block_table < 0) | (block_table >= num_pages)
+    suspicious = bool(absent.any())  # unused entries may be anything
+    for b, length in enumerate(cache_seqlens.tolist()):
+        length = min(max(length, 0), capacity)
+        first, last = (min(max(start, 0), total) for start in starts[b : b + 2])
+        if first < last:
+            used = slice(0, -(-length // page_size))
+            missing = absent[b, used] if suspicious and bool(absent[b, used].any()) else None
+            yield b, slice(first, last), length, block_table[b, used], missing
+
+
+def _single_queries(q, k_cache, v_cache, sequences, scale, out, lse):
+    """Fill out and lse of sequences with one query, many by few calls; return the sequences that are left."""
+    left, group, pages_of_group = [], [], 0
+    most = GATHERED // max(k_cache[:1].numel(), 1)
+    for sequence in sequences:
+        _, rows, length, pages, missing = sequence
+        if rows.stop - rows.start > 1 or not length or missing is not None:
+            left.append(sequence)
+            continue
+        if group and pages_of_group + len(pages) > most:
+            left += _decode(q, k_cache, v_cache, group, scale, out, lse)
+            group, pages_of_group = [], 0
+        group.append(sequence)
+        pages_of_group += len(pages)
+    return left + _decode(q, k_cache, v_cache, group, scale, out, lse) if group else left
+
+
+def _decode(q, k_cache, v_cache, group, scale, out, lse):
+    """Fill out and lse of a group of sequences; return it where torch's kernel leaves a doubt, which lse = 0 is."""
+    _, rows, lengths, pages, _ = zip(*group)
+    heads, (page_size, kv_heads) = q.shape[1], k_cache.shape[1:3]
+    sizes = [size for length, used in zip(lengths, pages) for size in (length, len(used) * page_size - length)]
+    rows, pages = torch.tensor([one.start for one in rows]), torch.cat(pages)
+    keys, values = (
+        cache.index_select(0, pages).flatten(0, 1).transpose(0, 1)[None].split(sizes, 2)[::2]
+        for cache in (k_cache, v_cache)
+    )
+    # heads that share keys are queries of one head: keys are read once, but fewer threads find work
+    shared = heads // kv_heads if kv_heads >= torch.get_num_threads() else 1
+    queries = q[rows].unflatten(1, (heads // shared, shared)).split(1)
+    parts = [_attend(*one, 0.0, False, scale=scale) for one in zip(queries, keys, values)]
+    sums = torch.cat([sums for _, sums in parts])
+    if not sums.all():
+        return list(group)
+    out[rows] = torch.cat([part for part, _ in parts]).flatten(1, 2)
+    lse[:, rows] = sums.flatten(1).T
+    return []
 
 
 def _gather(cache, scale, pages, missing, length, place, filling):
