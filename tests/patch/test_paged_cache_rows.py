@@ -223,6 +223,19 @@ def test_cut_back_into_a_page_that_is_shared(patched_llama):
     assert_close(torch.cat(found, 1), expected[:, -2:])
 
 
+def test_gathered_rows(patched_llama):
+    """Neighbours after a repetition, and 0 for padding, also in a row without any token yet."""
+    cache = PagedCache(patched_llama, num_pages=20, page_size=8)
+    cache.pages.k.fill_(float("nan"))
+    cache.pages.v.fill_(float("nan"))
+    dense = Dense(3)
+    real = torch.arange(5) >= torch.tensor([[0], [3], [5]])
+    add(cache, dense, 5, real, "attend", 0)
+    cache.batch_repeat_interleave(2)
+    dense.select([0, 0, 1, 1, 2, 2])
+    add(cache, dense, 1, torch.tensor([[True], [True], [True], [False], [True], [False]]), "attend", 0)
+
+
 def test_rows_that_wait_while_another_goes_on(patched_llama):
     """They still share a page, which is copied when they go on, too."""
     ids = torch.cat((tokens(1, 12).expand(3, -1), tokens(3, 2)), 1)
