@@ -1,5 +1,10 @@
 """int8_matmul, fp8_matmul: which kernel and tile a call gets, Hopper's kernel over many tiles, and the machine code."""
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +18,8 @@ from tests.ops.common import using
 from tests.ops.matmul_problems import FP8, call_of
 from tests.test_compile import OPERATOR_FILES, compiled_rows
 
-GPUS = [limits for limits in TARGETS.values() if limits.capability >= 80]
+TINY = replace(TARGETS["sm_86"], arch="sm_87", shared_memory=48 * 1024)  # less than any device has
+GPUS = [TINY] + [limits for limits in TARGETS.values() if limits.capability >= 80]
 SIZES = [(1, 64, 1), (16, 4096, 4096), (64, 28672, 4096), (65, 100, 300), (512, 4096, 14336), (8192, 28672, 8192)]
 
 
@@ -135,3 +141,19 @@ def kinds_of(machine_code, target, kernel):
 )
 def test_products_run_on_the_tensor_cores(machine_code, target, kernel, of_int, of_float):
     assert kinds_of(machine_code, target, kernel) == {"int": of_int, "float": of_float}
+
+
+@pytest.mark.compile
+def test_float8_has_its_own_products_on_ada(tmp_path):
+    """test_compile reads no machine code of sm_89."""
+    code = """
+from fusedops._core import cubin
+from fusedops._core.device import TARGETS
+from fusedops.ops.scaled_matmul import _triton as kernels
+example = list(kernels.examples("bf16", TARGETS["sm_89"]))[1]
+print(example.types["b_ptr"], sorted(cubin.report(example, "sm_89").instructions))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("*fp8e4nv") and "QMMA" in done.stdout and "HMMA" not in done.stdout
