@@ -39,10 +39,14 @@ def opcheck(name, *args):
     assert len(results) == 4 and set(results.values()) == {"SUCCESS"}, results
 
 
-def assert_compiles(function, *variants):
-    """`function` traces without a break and with dynamic shapes, and agrees with eager for every set of arguments."""
+def assert_compiles(function, *variants, backend="aot_eager"):
+    """`function` traces without a break and with dynamic shapes, and agrees with eager for every set of arguments.
+
+    "aot_eager" runs what was traced, functionalised and derived without the C++ that "inductor" makes of what stands
+    around our operators, which takes up to ten times as long and is the same for every operator.
+    """
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     for args in variants:
         torch.testing.assert_close(compiled(*args), function(*args))
 

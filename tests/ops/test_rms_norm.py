@@ -357,7 +357,7 @@ def test_torch_compile():
 
     other = tuple(torch.randn(*shape) for shape in ((5, 64), (5, 64), (64,)))
     assert_compiles(function, arguments(), other)
-    assert_compiles(in_place, arguments(), other)
+    assert_compiles(in_place, arguments(), other, backend="inductor")  # which may write in place again
     found = torch.compile(function, fullgraph=True, dynamic=True)
     leaves = arguments(grad=True)
     grads = torch.autograd.grad(found(*leaves).square().sum(), leaves)

@@ -97,7 +97,7 @@ def test_torch_compile():
         k, v = data_of(number, dim=16, seed=number)
         return k, v, torch.ones(number, 8), torch.arange(number)
 
-    assert_compiles(function, arguments(4), arguments(6))
+    assert_compiles(function, arguments(4), arguments(6), backend="inductor")  # which may write in place again
 
 
 def test_cost_counts_every_byte():
