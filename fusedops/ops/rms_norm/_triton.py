@@ -112,7 +112,7 @@ def _rms_norm_quantized_kernel(
             x = rounded.to(tl.float32)
         rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + eps)
         y = _normalised(x, rstd, weight_ptr, offs_n, N, weight_offset, dtype, HAS_WEIGHT, ROUND_FIRST)
-        scale = scale_of(largest_bits(tl.where(mask, y, 0.0), 1), CODE)
+        scale = scale_of(largest_bits(y, 1), CODE)
         tl.store(values_rows + offs_n, encoded(y * inverse_of(scale)[:, None], CODE, -127.0, BY_INTEGERS), mask=mask)
     else:
         squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -132,7 +132,7 @@ def _rms_norm_quantized_kernel(
             mask = mask_m & (start + offs_n < N)
             x = tl.load(h_rows + start + offs_n, mask=mask, other=0.0).to(tl.float32)
             y = _normalised(x, rstd, weight_ptr, start + offs_n, N, weight_offset, dtype, HAS_WEIGHT, ROUND_FIRST)
-            tops = tl.maximum(tops, size_bits(tl.where(mask, y, 0.0)))
+            tops = tl.maximum(tops, size_bits(y))
         scale = scale_of(tl.max(tops, 1), CODE)
         inverse = inverse_of(scale)[:, None]
         for start in range(0, N, BLOCK_N):
