@@ -14,7 +14,6 @@ from fusedops.testing import interpreter
 from fusedops.testing.ptx import build
 
 EMULATED_SHARE = 12  # of so many examples one is emulated
-TURN = {"test_compile.py": 0, "test_attention_launches.py": 2}  # the longest first, who waits for its results last
 
 settings.register_profile("ci", derandomize=True, max_examples=25, deadline=None, database=None)
 settings.register_profile("deep", max_examples=1000, deadline=None)
@@ -46,8 +45,15 @@ def _few_emulated_examples(request):
         yield
 
 
+def _turn(item):
+    """The longest first, who would wait for its results last."""
+    if item.path.name == "test_compile.py":
+        return 0
+    return 2 if hasattr(item.module, "compiled_rows") else 1
+
+
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: TURN.get(item.path.name, 1))
+    items.sort(key=_turn)
     if build.missing() is not None:
         skip = pytest.mark.skip(reason=build.missing())
         for item in items:
