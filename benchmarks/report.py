@@ -1,4 +1,4 @@
-"""Results into words: write the tables of README.md and docs/performance.md from the rows in benchmarks/results/.
+"""Results into words: write the tables of README.md, docs/performance.md and docs/serving.md from benchmarks/results/.
 
     python benchmarks/report.py            # write the tables anew
     python benchmarks/report.py --check    # exit status 1 where a table is not what the rows say
@@ -16,7 +16,8 @@ import sys
 from _rows import EAGER, ON_DEVICE, ROOT, error, goal, microseconds, ratio, share
 
 RESULTS = ROOT / "benchmarks/results"
-PAGES = ROOT / "README.md", ROOT / "docs/performance.md"
+SERVING = RESULTS / "serving"  # what `fusedops bench model --json` wrote
+PAGES = ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/serving.md"
 IMAGES = ROOT / "docs/images"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- results end -->)", re.DOTALL)
 NOTHING = "No GPU has been measured yet, so there is no figure.\n"
@@ -158,6 +159,32 @@ def line_of(row):
     ]  # fmt: skip
 
 
+def serving(paths):
+    """A table for each run of `fusedops bench model`, a line for each way."""
+    text = ""
+    for path in paths:
+        rows = json.loads(path.read_text())
+        header = ("way", "tokens/s:", "times one by one:", "times transformers paged:")
+        header += ("first token, s:", "between tokens, ms:", "KV held / used:", "tokens as one by one")
+        about = rows[0]["environment"]
+        versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "commit"))
+        where = f"{about['device']}, {about['threads']} threads, {versions}, {about['date'][:10]}"
+        text += f"{rows[0]['shape']}; {rows[0]['dtype']}. {where}.\n\n"
+        text += markdown(header, [line_of_way(row) for row in rows]) + "\n"
+    return text
+
+
+def line_of_way(row):
+    """One line of a serving table; two numbers are p50 and p95."""
+    times = [f"{row['times_as_fast_as'][name]:.2f}" for name in ("one by one", "transformers paged")]
+    first, between_tokens = row["first_token"], row["between_tokens"]
+    return [
+        row["timed"], f"{row['tokens_per_second']:.1f}", *times, f"{first['p50']:.1f}, {first['p95']:.1f}",
+        f"{between_tokens['p50'] * 1e3:.0f}, {between_tokens['p95'] * 1e3:.0f}", f"{row['kv']['held_over_used']:.3f}",
+        "all equal" if row["tokens_equal"] else "differ",
+    ]  # fmt: skip
+
+
 def slug(device):
     """A device's name as part of a file's name."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
@@ -169,7 +196,9 @@ def updated(text, rows):
     Raises:
         ValueError: the page has no table, or one of an unknown name.
     """
+    served = sorted(SERVING.glob("*.json"))
     makers = {"summary": summary, "tables": tables}
+    makers |= {"serving": lambda rows: serving(served), "served": lambda rows: serving(served[:1])}
     names = [name for _, name, _ in BLOCK.findall(text)]
     if not names or set(names) - set(makers):
         raise ValueError(f"report: a page must have tables named {' or '.join(makers)}, found {names}")
