@@ -33,6 +33,13 @@ def using(implementation):
     assert ran == {backend}, f"expected {backend} alone to run, got {ran}"
 
 
+def assert_rejected(call, error, message):
+    """The call raises this, and before anything has run."""
+    with pytest.raises(error, match=message):
+        call()
+    assert not counters(), "something ran before the checks had passed"
+
+
 def opcheck(name, *args):
     """All four of torch's checks of a registered operator; of float8, which torch cannot compare, three."""
     fp8 = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float8_e4m3fn for arg in args)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusedops
-from fusedops import counters, quantize_int4
+from fusedops import quantize_int4
 from fusedops.ops.quantize_int4 import reference
 from fusedops.ops.weight_only_matmul.reference import dequantized
 from fusedops.testing import Fault, assert_faults_rejected, make_tensor, strategies
@@ -16,6 +16,7 @@ from tests.ops.common import (
     IMPLEMENTATIONS,
     assert_compiles,
     assert_fake_like_real,
+    assert_rejected,
     opcheck,
     using,
 )
@@ -180,9 +181,7 @@ REJECTS = [
 
 @pytest.mark.parametrize("call, error, message", REJECTS)
 def test_rejects(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
-    assert not counters()
+    assert_rejected(call, error, message)
 
 
 # ---- torch

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fusedops._core.gl import barriers
 from fusedops._core.tl import LOG2E
 from fusedops.ops.attention._triton.hopper_parts import GROUP_M, Result, Scores, Tiles, Work
 
@@ -27,15 +28,6 @@ FIRST, SECOND, THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # warp
 def _matrix(tile):
     """A tile [1, 1, rows, columns] of a tensor map as a matrix."""
     return tile.reshape([tile.shape[2], tile.shape[3]])
-
-
-@gluon.jit
-def _barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
-    """NUM barriers that wait for ARRIVALS arrivals each."""
-    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUM):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
 
 
 @gluon.jit
@@ -300,12 +292,12 @@ def _attention_hopper_kernel(
         gl.allocate_shared_memory(k_desc.dtype, [NUM_STAGES] + k_desc.block_type.shape, k_desc.layout),
         gl.allocate_shared_memory(v_desc.dtype, [NUM_STAGES] + v_desc.block_type.shape, v_desc.layout),
         out,
-        _barriers(NUM_GROUPS, 1),
-        _barriers(NUM_GROUPS, 1),
-        _barriers(NUM_STAGES, 1),
-        _barriers(NUM_STAGES, NUM_GROUPS),
-        _barriers(NUM_STAGES, 1),
-        _barriers(NUM_STAGES, NUM_GROUPS),
+        barriers(NUM_GROUPS, 1),
+        barriers(NUM_GROUPS, 1),
+        barriers(NUM_STAGES, 1),
+        barriers(NUM_STAGES, NUM_GROUPS),
+        barriers(NUM_STAGES, 1),
+        barriers(NUM_STAGES, NUM_GROUPS),
     )
     fence_async_shared()
     if not IS_VARLEN:  # never read

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.core import _aggregate as aggregate
 
+from fusedops._core.gl import barriers
 from fusedops._core.tl import activate
 from fusedops.ops.scaled_matmul._triton.epilogue import to_float
 
@@ -293,15 +294,6 @@ def _consume(ring, epilogue, work, GROUP: gl.constexpr):
         _consume_float(ring, epilogue, work, GROUP)
 
 
-@gluon.jit
-def _barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
-    """NUM barriers that wait for ARRIVALS arrivals each."""
-    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUM):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
-
-
 @gluon.jit(do_not_specialize=["M"])
 def _scaled_matmul_hopper_kernel(
     a_desc, b_desc, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
@@ -314,8 +306,8 @@ def _scaled_matmul_hopper_kernel(
     ring = Ring(
         gl.allocate_shared_memory(a_desc.dtype, [NUM_STAGES] + a_desc.block_type.shape, a_desc.layout),
         gl.allocate_shared_memory(b_desc.dtype, [NUM_STAGES] + b_desc.block_type.shape, b_desc.layout),
-        _barriers(NUM_STAGES, 1),
-        _barriers(NUM_STAGES, NUM_GROUPS),
+        barriers(NUM_STAGES, 1),
+        barriers(NUM_STAGES, NUM_GROUPS),
     )
     # A size or stride of 1 comes as a compile-time value.
     work = Work(M, gl.to_tensor(N), gl.to_tensor(K), BLOCK_N, BLOCK_K, GROUP_M, NUM_STAGES)
