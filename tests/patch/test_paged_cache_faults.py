@@ -296,6 +296,43 @@ def test_exception_in_a_layer(patched):
     assert model.generate(ids, past_key_values=cache, **options).tolist() == expected
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_request_that_fails_is_taken_out_of_its_batch(patched):
+    """The step is cut back, the row goes, and the others finish with the tokens that they have alone."""
+    model = tiny("llama")
+    ids, mask = padded("left", (20, 13, 6))
+    alone = [model.generate(row[seen.bool()][None], **OPTIONS)[0, -6:] for row, seen in zip(ids, mask)]
+    if patched:
+        only_attention(model)
+    cache = PagedCache(model, num_pages=40, page_size=8)
+
+    def fail(module, given):
+        if len(given[0]) == 3 and cache.get_seq_length(0) == 22:
+            raise KeyError("the second request")
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    names, answers, step = [0, 1, 2], {0: [], 1: [], 2: []}, ids
+    while len(answers[0]) < 6:
+        try:
+            logits = run(model, step, cache, attention_mask=mask)
+        except KeyError:
+            cache.crop(-1)
+            staying = torch.tensor([0, 2])
+            cache.batch_select_indices(staying)
+            names, step, mask = [0, 2], step[staying], mask[staying]
+            continue
+        step = logits[:, -1].argmax(-1, keepdim=True)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        for name, token in zip(names, step):
+            answers[name].append(token.item())
+    hook.remove()
+    assert [answers[name] for name in (0, 2)] == [alone[name].tolist() for name in (0, 2)]
+    assert answers[1] == alone[1][:2].tolist()
+    cache.pages.check()
+    cache.reset()
+    assert cache.stats().pages_used == 0
+
+
 def test_crop_has_both_contracts():
     """Minus the number to forget; above 0 the number to keep, as up to transformers 5.14; 0 forgets nothing."""
     cache = PagedCache(tiny("llama"), num_pages=10, page_size=8)
