@@ -235,3 +235,18 @@ def test_memory_on_the_cpu_is_not_that_of_the_expanded_weight(kind):
         with Watch():  # around the composition itself: of an operator a mode sees the outside alone
             _torch.weight_only_matmul(torch.ones(1, K, dtype=dtype), values, scale, zero, None, None, None)
     assert 0 < largest <= N * K * 4 // 4
+
+
+@pytest.mark.parametrize("offset", [1, 8, 15, 16, 31])
+def test_operands_anywhere_in_memory(offset):
+    """torch's product with int8 weights ends the process where an operand is not aligned to its vectors."""
+    x, values = ints((3, 64), -2, 2, 0, torch.bfloat16), ints((5, 64), -2, 2, 1, torch.int8)
+    scale = torch.ones(5, dtype=torch.bfloat16)
+    expected = x.float() @ values.float().T  # at most 256, which bfloat16 has
+    for shifted in (("x",), ("values",), ("x", "values")):
+        operands = {"x": x, "values": values}
+        for name in shifted:
+            tensor = operands[name]
+            operands[name] = tensor.new_empty(tensor.numel() + offset)[offset:].view(tensor.shape).copy_(tensor)
+        with using("torch"):
+            assert torch.equal(weight_only_matmul(**operands, scale=scale).float(), expected)

@@ -1,8 +1,8 @@
 """weight_only_matmul by torch's own operators: the CPU's way, and other devices'.
 
-Measured on an AVX-512 machine: torch's product with int8 weights is fast in bfloat16 alone, and reads beyond its
-operands where K is no multiple of its vectors. Everything else is faster in float32, by a block of weights at a time
-that stays in the cache.
+Measured on an AVX-512 machine: torch's product with int8 weights is fast in bfloat16 alone. It ends the process where a
+row of an operand is not aligned to its vectors, or reads beyond it where K is no multiple of them. Everything else is
+faster in float32, by a block of weights at a time that stays in the cache.
 """
 
 import functools
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fusedops.ops.weight_only_matmul._groups import BLOCK, group_of
 
 PACK_K = 32  # weights that one step of torch's product with int8 weights reads
+PACK_BYTES = 64  # what an operand of that product is aligned to; rows are, as K is a multiple of PACK_K
 PACK_ROWS = 32  # beyond so many rows its one weight at a time is slower than float32 with the weights expanded
 BLOCK_BYTES = 2**19  # of expanded weights, for any number of rows
 _ACTIVATIONS = {
@@ -50,12 +51,15 @@ def _packable(rows, values, scale):
         and 0 < rows.shape[0] <= PACK_ROWS
         and rows.shape[1] % PACK_K == 0
         and values.is_contiguous()
+        and values.data_ptr() % PACK_BYTES == 0
     )
 
 
 def _packed(rows, values, scale, zero, group):
     """In x's dtype with scales of that dtype; others multiply the rounded sums, in float32."""
     rows = rows.contiguous()
+    if rows.data_ptr() % PACK_BYTES:
+        rows = rows.clone()
     if scale.dtype == rows.dtype:
         return torch._weight_int8pack_mm(rows, values, scale.expand(values.shape[0]).contiguous())
     ones = torch.ones(values.shape[0], dtype=rows.dtype)

@@ -15,14 +15,16 @@ BLOCKS = {"ACTIVATION": "none", "SCALE_A": "block", "SCALE_B": "block"}
 
 def examples(default, dtype, target):
     """Layers of Llama 3 8B, prompt and decoding step; dtype is the result's."""
-    if dtype == "fp16":  # bf16's instructions but for the last one
+    combine = _described(_scaled_matmul_combine_kernel, dtype, "i8", ROWS | {"BLOCK_N": 1024}, 4, 1)
+    if dtype == "fp16":  # bf16's instructions but for the last one, which every kernel has
+        yield combine
         return
     yield _example(default, dtype, target, "i8", DECODE, ROWS)
     if dtype == "fp32":
         return
     fp8 = "fp8e4nv" if target.capability >= MIN_FP8_CAPABILITY else "u8"
     yield _example(default, dtype, target, fp8, DECODE_SPLIT, BLOCKS)
-    yield _described(_scaled_matmul_combine_kernel, dtype, "i8", ROWS | {"BLOCK_N": 1024}, 4, 1)
+    yield combine
     if target.arch == hopper_launch.ARCH:
         yield hopper_launch.example(dtype, target, "i8", PROMPT, ROWS | {"ACTIVATION": "gelu"}, full=True)
         yield hopper_launch.example(dtype, target, fp8, PROMPT, ROWS, full=False)
