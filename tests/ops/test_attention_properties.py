@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedops import attention, merge_attention
+from fusedops.ops.attention import reference
 from fusedops.testing import assert_accurate
 from tests.ops.attention_problems import ALL_OPTIONS, EVERY_OPTION, FEATURES, Problem, problems, qkv
 from tests.ops.common import DTYPES, EMULATED, FUSED, IMPLEMENTATIONS, using
@@ -258,3 +259,19 @@ def test_scales_that_are_not_positive(implementation, scale, options):
     problem = Problem(*qkv(1, 17, 17, seed=12), {**options, "softmax_scale": scale})
     with using(implementation):
         problem.check(*problem.run())
+
+
+@pytest.mark.parametrize("num_keys", [127, 300])
+@pytest.mark.parametrize("bad", [None, "q", "k", "v"])
+def test_decoding_where_heads_share_keys(monkeypatch, num_keys, bad):
+    """On a CPU the heads of one key head are rows of one head where that pays; each has its own result all the same."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    q, k, v = qkv(2, 1, num_keys, 12, 3, 64, seed=3)
+    if bad is not None:
+        {"q": q, "k": k, "v": v}[bad][1, 0, 2] = math.nan
+    args = [None] * 6 + [0.2, True, -1, -1, 0.0]
+    expected, expected_lse = reference.attention(q.double(), k.double(), v.double(), *args)
+    with using("torch"):
+        out, lse = attention(q, k, v, softmax_scale=0.2, causal=True, return_lse=True)
+    assert_accurate(out, expected)
+    assert_accurate(lse, expected_lse)
