@@ -104,6 +104,14 @@ def test_rejects_no_kind():
         patch(tower(), attentions=True)
 
 
+def test_continuous_batching_is_there_in_the_release_it_was_written_for():
+    """Its own tests are left out where it says that it cannot run, so here nobody asks it."""
+    transformers = pytest.importorskip("transformers")
+    if not transformers.__version__.startswith("5.23."):
+        pytest.skip(f"transformers {transformers.__version__}, not 5.23")
+    assert continuous.unsupported() is None
+
+
 def test_module_that_is_the_whole_model():
     norm = nn.RMSNorm(8, eps=1e-5)
     x = torch.randn(2, 8)
