@@ -206,6 +206,13 @@ def check_activation(op, activation):
     check_choice(op, "activation", activation, (None, *ACTIVATIONS))
 
 
+def check_scale_values(op, name, scale):
+    """Raise ValueError where a scale is not finite and above 0; it reads the tensor, so it is for level 2 alone."""
+    bad = ~(scale.isfinite() & (scale > 0))
+    if bool(bad.any()):
+        raise ValueError(f"{op}: {name} must be finite and above 0, got {scale[bad][0].item()}")
+
+
 def check_dtype(op, dtype, choices):
     """Raise TypeError where the dtype of a result is not one of the choices."""
     if dtype not in choices:

@@ -135,12 +135,7 @@ def _check_scales(op, dtype, a, sizes, scale_a, scale_b):
             described = f"[], [1], [{size}] or [{rows}, ceil(K / 128)]"
         check_table(op, name, scale, a, shapes, described, (torch.float32,))
         if env.validate() == 2 and not torch.compiler.is_compiling() and not scale.is_meta:
-            if not bool((scale.isfinite() & (scale > 0)).all()):
-                raise ValueError(f"{op}: {name} must be finite and above 0, got {_first_bad(scale)}")
-
-
-def _first_bad(scale):
-    return scale[~(scale.isfinite() & (scale > 0))][0].item()
+            checks.check_scale_values(op, name, scale)
 
 
 def _name(dtype):

@@ -91,9 +91,7 @@ def _check(x, values, scale, zero, bias, residual, activation):
             raise ValueError(f"{op}: zero must be None unless values hold 4-bit codes (uint8), got {_dtype(values)}")
         check_table(op, "zero", zero, x, [tuple(scale.shape)], "of scale", (torch.uint8,))
     if env.validate() == 2 and not torch.compiler.is_compiling() and not scale.is_meta:
-        bad = ~(scale.isfinite() & (scale > 0))
-        if bool(bad.any()):
-            raise ValueError(f"{op}: scale must be finite and above 0, got {scale[bad][0].item()}")
+        checks.check_scale_values(op, "scale", scale)
 
 
 def _dtype(tensor):
