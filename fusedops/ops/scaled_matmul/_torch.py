@@ -3,7 +3,8 @@
 import functools
 
 import torch
-import torch.nn.functional as F
+
+from fusedops._core.activations import activate_
 
 BLOCK = 128
 CHUNK = 2**18  # elements of b that are float32 at once: they stay in a core's cache, and no large memory is asked for
@@ -84,12 +85,7 @@ def _finished(acc, scale_a, scale_b, bias, out_dtype, activation, residual):
         acc *= scale_b
     if bias is not None:
         acc += bias
-    if activation == "relu":
-        acc = F.relu(acc, inplace=True)
-    elif activation == "silu":
-        acc = F.silu(acc, inplace=True)
-    elif activation is not None:
-        acc = F.gelu(acc, approximate="tanh" if activation == "gelu_tanh" else "none")
+    acc = activate_(acc, activation)
     if residual is not None:
         acc += residual
     return acc.to(out_dtype)

@@ -5,24 +5,15 @@ row of an operand is not aligned to its vectors, or reads beyond it where K is n
 faster in float32, by a block of weights at a time that stays in the cache.
 """
 
-import functools
-
 import torch
-import torch.nn.functional as F
 
+from fusedops._core.activations import activate_
 from fusedops.ops.weight_only_matmul._groups import BLOCK, group_of
 
 PACK_K = 32  # weights that one step of torch's product with int8 weights reads
 PACK_BYTES = 64  # what an operand of that product is aligned to; rows are, as K is a multiple of PACK_K
 PACK_ROWS = 32  # beyond so many rows its one weight at a time is slower than float32 with the weights expanded
 BLOCK_BYTES = 2**19  # of expanded weights, for any number of rows
-_ACTIVATIONS = {
-    None: lambda y: y,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
@@ -35,7 +26,7 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
         out = out.float()
     if bias is not None:
         out = out + bias
-    out = _ACTIVATIONS[activation](out)
+    out = activate_(out, activation)
     if residual is not None:
         out = out + residual
     return out.to(x.dtype)
