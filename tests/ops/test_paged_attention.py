@@ -86,6 +86,19 @@ def test_pages_equal_contiguous_keys_bitwise(implementation, dtype, options):
             first += num_keys
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+def test_decoding_on_a_cpu_shares_readings_as_contiguous_keys_do(monkeypatch, threads):
+    """Where heads run as queries of one head depends on each sequence alone: 13 keys never do, 900 do on one thread."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = problem([(1, 13), (1, 900)], heads=12, kv_heads=3, seed=6)
+    with using("torch"):
+        out, lse = found.run(page_size=16, seed=5)
+        for row, keys in enumerate((slice(0, 13), slice(13, 913))):
+            whole = found.q[row][None, None], found.keys[keys][None], found.values[keys][None]
+            part, sums = attention(*whole, causal=True, return_lse=True)
+            assert torch.equal(out[row], part[0, 0]) and torch.equal(lse[:, row], sums[0, :, 0])
+
+
 @EVERY_DTYPE
 @EVERY_IMPLEMENTATION
 def test_pages_equal_packed_keys(implementation, dtype):

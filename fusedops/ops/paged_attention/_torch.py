@@ -6,6 +6,7 @@ Memory is that of the longest sequence. Lengths and pages are read on the host, 
 import torch
 
 from fusedops._core.register import operators
+from fusedops._core.sharing import shares_reading
 
 GATHERED = 1 << 20  # elements of keys that are gathered at once: larger copies are fresh memory each time
 
@@ -88,15 +89,15 @@ def _decode(q, k_cache, v_cache, group, scale, out, lse):
         cache.index_select(0, pages).flatten(0, 1).transpose(0, 1)[None].split(sizes, 2)[::2]
         for cache in (k_cache, v_cache)
     )
-    # heads that share keys are queries of one head: keys are read once, but fewer threads find work
-    shared = heads // kv_heads if kv_heads >= torch.get_num_threads() else 1
-    queries = q[rows].unflatten(1, (heads // shared, shared)).split(1)
-    parts = [_attend(*one, 0.0, False, scale=scale) for one in zip(queries, keys, values)]
-    sums = torch.cat([sums for _, sums in parts])
+    queries = q[rows]
+    ways = queries[:, :, None].split(1), queries.unflatten(1, (kv_heads, heads // kv_heads)).split(1)
+    together = [shares_reading(heads, kv_heads, length, q.shape[2]) for length in lengths]
+    parts = [_attend(ways[way][b], keys[b], values[b], 0.0, False, scale=scale) for b, way in enumerate(together)]
+    sums = torch.cat([sums.flatten(1) for _, sums in parts])
     if not sums.all():
         return list(group)
-    out[rows] = torch.cat([part for part, _ in parts]).flatten(1, 2)
-    lse[:, rows] = sums.flatten(1).T
+    out[rows] = torch.cat([part.flatten(1, 2) for part, _ in parts])
+    lse[:, rows] = sums.T
     return []
 
 

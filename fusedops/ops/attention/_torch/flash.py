@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from fusedops._core.sharing import shares_reading
 from fusedops.ops.attention._support import NOT_FUSED_ON_CPU
 from fusedops.ops.attention._torch import blocks
 from fusedops.ops.attention._torch.parts import MIN_ROWS, NO_SCORE, keys_of_block, outputs, parts
@@ -18,7 +19,6 @@ BLOCK_Q = 512  # queries of one call where window, causal offset, ALiBi or bool 
 BLOCK_MASK = 1 << 22  # elements of such a mask for one head: 16 MiB
 PART_COPIES = 1 << 20  # elements of the float32 copies of a part's inputs: larger ones are fresh memory each time
 PART_MASKS = 1 << 24  # elements of the masks of a part's heads: 64 MiB
-SHARED_READS = 1 << 17  # elements of keys that all heads read, below which two more views cost what one reading saves
 
 _forward = torch._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -108,11 +108,9 @@ def _unmasked(q, k, v, causal, scale):
     """out and lse of torch's kernel on whole float32 tensors."""
     num_queries, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    shared = num_queries == 1 and heads > kv_heads >= torch.get_num_threads()
-    if not shared or heads * k.shape[1] * k.shape[3] < SHARED_READS:
+    if num_queries > 1 or not shares_reading(heads, kv_heads, k.shape[1], k.shape[3]):
         out, lse = _forward(q.transpose(1, 2), keys, values, 0.0, causal, scale=scale)
         return out.transpose(1, 2).contiguous(), lse.contiguous()
-    # the heads that share keys as queries of one head: keys are read once, but fewer threads find work
     rows = q[:, 0].unflatten(1, (kv_heads, heads // kv_heads))
     out, lse = _forward(rows, keys, values, 0.0, False, scale=scale)
     return out.flatten(1, 2)[:, None].contiguous(), lse.flatten(1, 2)[..., None].contiguous()
