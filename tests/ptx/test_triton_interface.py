@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedops._core import fingerprint
+from fusedops._core.binding import bind
 from fusedops.testing import ptx
-from fusedops.testing.ptx import compiler, fingerprint
-from fusedops.testing.ptx.binding import bind
+from fusedops.testing.ptx import compiler
 from tests.ptx.kernels import elementwise, interface
 
 HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
@@ -172,9 +173,10 @@ def test_a_global_changed_after_the_import_is_refused(monkeypatch):
 
 def test_a_process_that_does_not_interpret_compiles_itself():
     program = (
-        "import torch\nfrom fusedops.testing import ptx\nfrom fusedops.testing.ptx import compiler\n"
+        "import torch\nfrom fusedops._core.binding import bind\n"
+        "from fusedops.testing import ptx\nfrom fusedops.testing.ptx import compiler\n"
         "from tests.ptx.kernels.interface import global_kernel\n"
-        "binding = ptx.binding.bind(global_kernel, 'sm_80', (torch.zeros(1),), {})\n"
+        "binding = bind(global_kernel, 'sm_80', (torch.zeros(1),), {})\n"
         "assert '.entry global_kernel' in compiler.compile_here(binding)[0]\n"
         "x = torch.zeros(1)\nptx.run(global_kernel, (1,), x)\nassert x.item() == 3\n"
     )

@@ -14,9 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusedops._core import env
-from fusedops.testing.ptx import fingerprint
-from fusedops.testing.ptx.binding import Binding
+from fusedops._core import env, fingerprint
+from fusedops._core.binding import Binding
 
 # What a launch needs to know of a compiled kernel.
 _METADATA = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fusedops.testing.ptx.binding import bind
+from fusedops._core.binding import bind
 from fusedops.testing.ptx.compiler import compile_kernel
 from fusedops.testing.ptx.module import Fault, load, span
 from fusedops.testing.ptx.schedules import named

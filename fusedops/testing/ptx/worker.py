@@ -21,7 +21,7 @@ import traceback
 import types
 from dataclasses import dataclass, replace
 
-from fusedops.testing.ptx import fingerprint
+from fusedops._core import fingerprint
 
 _LENGTH = struct.Struct("<Q")
 

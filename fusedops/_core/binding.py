@@ -6,7 +6,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from fusedops.testing.ptx import fingerprint
+from fusedops._core import fingerprint
 
 
 @dataclass(frozen=True)
