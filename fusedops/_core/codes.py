@@ -8,11 +8,21 @@ NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 DTYPES = tuple(LARGEST)
 LEAST_SCALE = 2.0**-126  # the smallest normal number: zeros have a scale too, and its reciprocal is finite
+LEAST_STEP = {torch.float16: 2.0**-24, torch.bfloat16: LEAST_SCALE, torch.float32: LEAST_SCALE}
 
 
 def scale_of(top, dtype):
     """The scale that brings the largest absolute value to the largest code; NaN stays NaN."""
     return (top / LARGEST[dtype]).clamp_(min=LEAST_SCALE)
+
+
+def rounded_up(scale, dtype):
+    """float32 scales rounded up to a dtype, in float32: by none of them does a value leave the codes' range."""
+    scale = scale.clamp(min=LEAST_STEP[dtype])
+    if dtype == torch.float32:
+        return scale
+    rounded = scale.to(dtype)
+    return torch.where(rounded.float() < scale, (rounded.view(torch.int16) + 1).view(dtype), rounded).float()
 
 
 def encoded(values, dtype, lowest=-127.0):

@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from fusedops._core.codes import rounded_up
+
 ROWS_BYTES = 2**24  # of float32 values that are worked on at once
-_LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 
 
 def quantize_int4(weight, group_size):
@@ -28,8 +29,8 @@ def _quantized(w, dtype):
     """(codes, scale, zero) of groups [rows, groups, size]: the even grid, or where it is better that of eighths."""
     low, high = torch.aminmax(w, dim=-1)
     low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
-    even = _up((high - low) / 15.0, dtype)
-    eighths = _up(torch.maximum(high, -low) / 8.0, dtype)
+    even = rounded_up((high - low) / 15.0, dtype)
+    eighths = rounded_up(torch.maximum(high, -low) / 8.0, dtype)
     even_zero = (-low / even).round_()
     eighths_zero = torch.where(-low >= high, 8.0, 7.0)
     codes, error = _codes(w, even, even_zero)
@@ -49,12 +50,3 @@ def _codes(w, scale, zero):
     codes = places.round().add_(zero[..., None]).clamp_(0.0, 15.0)
     error = places.sub_(codes - zero[..., None]).abs_().amax(-1)
     return codes, error.mul_(scale)
-
-
-def _up(step, dtype):
-    """Steps rounded up to the dtype, in float32."""
-    step = step.clamp_(min=_LEAST[dtype])
-    if dtype == torch.float32:
-        return step
-    rounded = step.to(dtype)
-    return torch.where(rounded.float() < step, (rounded.view(torch.int16) + 1).view(dtype), rounded).float()
