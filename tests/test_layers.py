@@ -23,7 +23,8 @@ ALLOWED = {
     "testing": {"_core", "testing"},
     "nn": {"_core", "ops", "nn", ""},
     "kv_cache": {"_core", "ops", ""},
-    "patch": {"_core", "ops", "nn", "kv_cache", "testing", "patch", ""},
+    "convert": {"_core", "ops", "nn", "convert", ""},
+    "patch": {"_core", "ops", "nn", "kv_cache", "testing", "convert", "patch", ""},
 }
 # The one way from dispatch to the emulator, taken by the first call that asks for it.
 EMULATION, EMULATOR = "fusedops/_core/emulation.py", "fusedops.testing.ptx."

@@ -1,0 +1,91 @@
+"""The ways to quantise a model: which module takes a linear's place, and with which options."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from fusedops.nn import Fp8Linear, Int8Linear, WeightOnlyLinear
+from fusedops.ops.quantize_int4 import GROUPS
+from fusedops.ops.scaled_matmul import MAX_K_INT8
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to quantise a linear.
+
+    Attributes:
+        name: What `fusedops.quantize_` calls it.
+        module: The class of `fusedops.nn` that takes the linear's place.
+        options: Its keyword arguments beyond those of `torch.nn.Linear`.
+        quantizes_activations: Whether the products are of narrow operands on both sides.
+        max_in_features: The largest K, None where there is none.
+    """
+
+    name: str
+    module: type
+    options: dict = field(default_factory=dict)
+    quantizes_activations: bool = False
+    max_in_features: int | None = None
+
+    def num_bytes(self, out_features, in_features, dtype):
+        """Bytes of the codes and scales of a weight ``[out_features, in_features]``."""
+        made = self.module(in_features, out_features, bias=False, device="meta", dtype=dtype, **self.options)
+        return sum(parameter.numel() * parameter.element_size() for parameter in made.parameters())
+
+    def obstacle(self, linear):
+        """Why this scheme does not take a `torch.nn.Linear`, or None."""
+        N, K = linear.weight.shape
+        dtype = linear.weight.dtype
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"its weight is {str(dtype).removeprefix('torch.')}, not float16, bfloat16 or float32"
+        if not N or not K:
+            return "its weight is empty"
+        if self.max_in_features is not None and K > self.max_in_features:
+            return f"in_features {K} > {self.max_in_features}, where sums leave int32"
+        before, after = linear.weight.numel() * linear.weight.element_size(), self.num_bytes(N, K, dtype)
+        if after >= before:
+            return f"too small: {after} bytes with its scales, {before} as it is"
+        return None
+
+    def convert(self, linear):
+        """The quantised module of a `torch.nn.Linear`."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{self.name}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        return self.module.from_linear(linear, **self.options)
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("int8", Int8Linear, quantizes_activations=True, max_in_features=MAX_K_INT8),
+        Scheme("fp8", Fp8Linear, quantizes_activations=True),
+        Scheme("int8-weight-only", WeightOnlyLinear, {"format": "int8"}),
+        Scheme("fp8-weight-only", WeightOnlyLinear, {"format": "fp8"}),
+        Scheme("int4-weight-only", WeightOnlyLinear, {"format": "int4", "group_size": 32}),
+    )
+}
+
+
+def find_scheme(op, name, group_size=None):
+    """The Scheme of a name, with another group size where one is given.
+
+    Args:
+        op: Who asks, for the message.
+        name: A key of SCHEMES.
+        group_size: Columns of a row that share a scale, for weight-only schemes: 32, 64 or 128. None is the scheme's
+            own: 32 for int4, one scale for each row otherwise.
+
+    Raises:
+        ValueError: no such scheme, or one that does not take this group size.
+    """
+    if not isinstance(name, str) or name not in SCHEMES:
+        raise ValueError(f"{op}: scheme must be one of {', '.join(map(repr, SCHEMES))}, got {name!r}")
+    scheme = SCHEMES[name]
+    if group_size is None:
+        return scheme
+    if scheme.quantizes_activations:
+        raise ValueError(f"{op}: group_size must be None for {name!r}, got {group_size!r}")
+    if isinstance(group_size, bool) or group_size not in GROUPS:
+        raise ValueError(f"{op}: group_size must be None or one of {', '.join(map(str, GROUPS))}, got {group_size!r}")
+    return replace(scheme, options={**scheme.options, "group_size": int(group_size)})
