@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -35,6 +36,24 @@ class Binding:
     def name(self) -> str:
         """The kernel's name in Python."""
         return self.function.fn.__name__
+
+    def key(self) -> str:
+        """A hash of all that the machine code follows from: the sources, triton, the specialisation and the target."""
+        import triton
+        from triton._C.libtriton import get_cache_invalidating_env_vars
+
+        constants = [(path, fingerprint.constant(value)) for path, value in self.constants.items()]
+        parts = (
+            triton.__version__,
+            fingerprint.of(self.function),
+            list(self.signature.items()),
+            constants,
+            sorted(map(str, self.attributes.items())),
+            self.options,
+            self.capability,
+            sorted(get_cache_invalidating_env_vars().items()),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
 
 
 def bind(kernel, target: str, arguments: tuple, keywords: dict) -> Binding:

@@ -11,15 +11,10 @@ import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from fusedops._core import sass
+
 _WIDE = ("128", "256")  # modifiers of 16-byte and 32-byte accesses
-_INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
-)
-_LABEL = re.compile(r"^(?P<label>\.L_\w+|[\w.$]+):\s*$")
-_TARGET_LABEL = re.compile(r"`\((?P<label>[^)]+)\)")
 _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+)")
-_JUMPS = ("BRA", "JMP", "CALL")
-_ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,7 @@ class CubinReport:
         spill_stores, spill_loads: Number of STL and LDL instructions.
         spill_in_loop: Whether one of them lies on a cycle of the control flow.
         instructions: Opcode with its modifiers to how often it stands in the code; empty if not disassembled.
+        loops: The loops that do the work: how deep each stands, and its instructions, as above.
     """
 
     kernel: str
@@ -48,6 +44,7 @@ class CubinReport:
     spill_loads: int
     spill_in_loop: bool
     instructions: dict
+    loops: list
 
     def count(self, opcode, *modifiers):
         """How many instructions have this opcode and any one of the modifiers (none given: all of the opcode)."""
@@ -111,7 +108,7 @@ def read(compiled, disassemble=True):
             raise RuntimeError(f"cubin: cuobjdump did not report the resources of {name}")
         # -ndf: the analysis left out, a fifth of nvdisasm's time, only annotates indirect branches.
         needs_listing = disassemble or int(usage["stack"]) > 0
-        sass = parse_sass(_run_tool("nvdisasm", "-c", "-ndf", path) if needs_listing else "")
+        listed = sass.parse(_run_tool("nvdisasm", "-c", "-ndf", path) if needs_listing else "")
     return CubinReport(
         kernel=name,
         target=arch,
@@ -119,7 +116,7 @@ def read(compiled, disassemble=True):
         registers=int(usage["registers"]),
         stack_bytes=int(usage["stack"]),
         shared_bytes=compiled.metadata.shared,
-        **sass,
+        **listed,
     )
 
 
@@ -168,76 +165,6 @@ def assemble_for(compiled, target):
     backend = make_backend(GPUTarget("cuda", capability, 32))
     machine_code = backend.make_cubin(ptx, {}, compiled.metadata, capability)
     return SimpleNamespace(asm={"ptx": ptx, "cubin": machine_code}, metadata=compiled.metadata)
-
-
-def parse_sass(text):
-    """Read nvdisasm's listing: the instructions, the spills, and whether one of those stands in a loop."""
-    opcodes, jumps, labels = [], {}, {}
-    follows = []  # whether control may go on to the next instruction
-    for line in text.splitlines():
-        label = _LABEL.match(line)
-        if label:
-            labels[label["label"]] = len(opcodes)
-            continue
-        found = _INSTRUCTION.match(line)
-        if not found:
-            continue
-        base = found["opcode"].split(".")[0]
-        destination = _TARGET_LABEL.search(found["operands"])
-        conditional = found["guard"] is not None
-        if base in _JUMPS and destination:
-            jumps[len(opcodes)] = destination["label"]
-            conditional |= base == "CALL" or "," in found["operands"]
-        follows.append(conditional or base not in (*_JUMPS, *_ENDS))
-        opcodes.append(found["opcode"])
-
-    successors = [[index + 1] if goes_on and index + 1 < len(opcodes) else [] for index, goes_on in enumerate(follows)]
-    for index, label in jumps.items():
-        if labels.get(label, len(opcodes)) < len(opcodes):
-            successors[index].append(labels[label])
-    spills = [index for index, opcode in enumerate(opcodes) if opcode.split(".")[0] in ("STL", "LDL")]
-    loops = _on_cycles(successors) if spills else set()
-    return {
-        "spill_stores": sum(opcodes[index].startswith("STL") for index in spills),
-        "spill_loads": sum(opcodes[index].startswith("LDL") for index in spills),
-        "spill_in_loop": any(index in loops for index in spills),
-        "instructions": {opcode: opcodes.count(opcode) for opcode in sorted(set(opcodes))},
-    }
-
-
-def _on_cycles(successors):
-    """The nodes of a graph that can reach themselves (Kosaraju's strongly connected components)."""
-    predecessors = [[] for _ in successors]
-    for node, targets in enumerate(successors):
-        for target in targets:
-            predecessors[target].append(node)
-    finished, seen = [], set()
-    for start in range(len(successors)):
-        _visit(start, successors, seen, finished)
-    cyclic, seen = set(), set()
-    for start in reversed(finished):
-        component = []
-        _visit(start, predecessors, seen, component)
-        if len(component) > 1 or start in successors[start]:
-            cyclic.update(component)
-    return cyclic
-
-
-def _visit(start, edges, seen, finished):
-    """Depth-first from a node without recursion; appends each new node when all that it leads to is done."""
-    if start in seen:
-        return
-    seen.add(start)
-    stack = [(start, iter(edges[start]))]
-    while stack:
-        node, targets = stack[-1]
-        fresh = next((target for target in targets if target not in seen), None)
-        if fresh is None:
-            finished.append(node)
-            stack.pop()
-        else:
-            seen.add(fresh)
-            stack.append((fresh, iter(edges[fresh])))
 
 
 def _run_tool(name, *arguments):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedops._core import cubin
+from fusedops._core import cubin, sass
 from fusedops._core.launch import KernelExample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,13 +42,13 @@ def listing(*lines):
     ],
 )
 def test_spills_in_loops_are_told_from_others(lines, in_loop):
-    parsed = cubin.parse_sass(listing(*lines))
+    parsed = sass.parse(listing(*lines))
     assert parsed["spill_in_loop"] == in_loop
     assert parsed["spill_stores"] + parsed["spill_loads"] == sum("STL" in line or "LDL" in line for line in lines)
 
 
 def test_instructions_are_counted_with_their_modifiers():
-    parsed = cubin.parse_sass(
+    parsed = sass.parse(
         listing("@P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64]", "LDG.E.LTC128B R4, [R2.64]", "LDGSTS.E.128 [R1], [R2]",
                 "STG.E.U16 [R2.64], R4", "STG.E.EF.128 [R2.64], R4", "EXIT")
     )  # fmt: skip
@@ -78,7 +78,7 @@ def test_rejects(target, error, message):
 def test_a_kernel_compiles_for_every_target(tmp_path):
     code = """
 import dataclasses, json
-from fusedops._core import cubin
+from fusedops._core import cubin, sass
 from fusedops._core.device import TARGETS
 from tests.data.planted_triton import examples
 reports = [cubin.report(examples("bf16", limits)[0], arch).as_dict() for arch, limits in TARGETS.items()]

@@ -7,14 +7,13 @@ the first kernel is not found on disk, and ended with its parent.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusedops._core import env, fingerprint
+from fusedops._core import env
 from fusedops._core.binding import Binding
 
 # What a launch needs to know of a compiled kernel.
@@ -48,25 +47,7 @@ def compile_kernel(binding: Binding) -> Compiled:
         CompileError: Triton cannot compile it.
         ValueError: a kernel must be compiled in a child process and cannot be found by an import.
     """
-    return _from_disk(_key(binding), binding)
-
-
-def _key(binding: Binding) -> str:
-    import triton
-    from triton._C.libtriton import get_cache_invalidating_env_vars
-
-    constants = [(path, fingerprint.constant(value)) for path, value in binding.constants.items()]
-    parts = (
-        triton.__version__,
-        fingerprint.of(binding.function),
-        list(binding.signature.items()),
-        constants,
-        sorted(map(str, binding.attributes.items())),
-        binding.options,
-        binding.capability,
-        sorted(get_cache_invalidating_env_vars().items()),
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
+    return _from_disk(binding.key(), binding)
 
 
 _known: dict[str, Compiled] = {}
