@@ -49,7 +49,7 @@ def assert_within_half_a_step(quantised, weight, group):
     rounding = torch.finfo(weight.dtype).eps if weight.dtype != torch.float32 else 1e-6
     bound = (steps(weight, group) * (1 + rounding)).clamp(min=least) + least
     assert (error <= bound * (1 + 1e-6)).all()
-    assert (zero <= 15).all() and (scale > 0).all() and scale.isfinite().all()
+    assert (zero <= 240).all() and (scale > 0).all() and scale.isfinite().all()
     assert K % 2 == 0 or not (values[:, -1] >> 4).any()
 
 
@@ -109,9 +109,11 @@ def test_planted_faults_are_rejected():
         "scale three percent less": changed(scale=lambda s: s * 0.97),
         "scale of 16 steps": changed(scale=lambda s: s * 15 / 16),
         "scale of another group": changed(scale=lambda s: s.roll(1, 1)),
-        "zero one more": changed(zero=lambda z: z + 1), "zero ignored": changed(zero=torch.zeros_like),
+        "zero one code more": changed(zero=lambda z: z + 16),
+        "zero in whole codes": changed(zero=lambda z: z // 16 * 16), "zero in codes": changed(zero=lambda z: z // 16),
+        "zero ignored": changed(zero=torch.zeros_like),
         "zero of another group": changed(zero=lambda z: z.roll(1, 1)),
-        "zero always 8": changed(zero=lambda z: torch.full_like(z, 8)),
+        "zero always 8": changed(zero=lambda z: torch.full_like(z, 128)),
         "groups of 64 in the tables of 32": lambda w: [
             t if t.dtype == torch.uint8 and t.shape[1] == 50 else t.repeat_interleave(2, 1)[:, :4]
             for t in quantize_int4(w, group_size=64)
@@ -136,6 +138,35 @@ def test_eighths_of_the_largest_come_back_without_an_error(implementation, dtype
         again = quantize_int4(real(found, 96).to(dtype))
     assert torch.equal(real(found, 96), weight.double())
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_from_a_least_value_come_back(implementation, dtype):
+    """What was stored as code * step + least: exactly where its zero is in sixteenths, else but for half of one."""
+    codes = torch.randint(0, 16, (4, 96), generator=torch.Generator().manual_seed(0))
+    codes[:, ::32], codes[:, 1::32] = 0, 15
+    step = torch.tensor([0.25, 1.0, 2.0**-9, 4.0]).view(4, 1)
+    with using(implementation):
+        for zero, error in ((7 + 5 / 16, 0.0), (0.125, 0.0), (14.5, 0.0), (6.78, 1 / 32)):
+            weight = ((codes - zero) * step).to(dtype)
+            found = quantize_int4(weight)
+            assert torch.equal(found[2], torch.full((4, 3), round(zero * 16), dtype=torch.uint8))
+            away = (real(found, 96) - weight.double()).abs() / step
+            assert away.max() <= error + (0 if not error else 16 * torch.finfo(dtype).eps)
+
+
+@EVERY_IMPLEMENTATION
+def test_a_zero_stays_a_zero(implementation):
+    """Groups with a 0 among others have a zero that is a whole code, however much better one between two would be."""
+    codes = torch.randint(0, 16, (6, 64), generator=torch.Generator().manual_seed(0)).float()
+    codes[:, ::32], codes[:, 1::32] = 0, 15
+    weight = codes - torch.tensor([7.5, 6.3, 3.4, 0.5, 14.5, 8.5]).view(6, 1)
+    weight[:, 5] = 0.0
+    with using(implementation):
+        found = quantize_int4(weight)
+    assert not real(found, 64)[:, 5].any()
+    assert not (found[2][:, 0] % 16).any() and (found[2][:, 1] % 16).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -64,7 +64,7 @@ def test_whole_numbers_are_exact(implementation, kind):
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 def test_every_code_is_exact(implementation, dtype):
-    """Denormal float8 numbers, both zeros and NaN included; every 4-bit code less every zero."""
+    """Denormal float8 numbers, both zeros and NaN included; every 4-bit code less every zero, in sixteenths."""
     x = torch.tensor([[1.0], [-2.0]], dtype=dtype)
     with using(implementation):
         codes = torch.arange(256, dtype=torch.uint8).view(-1, 1)
@@ -72,13 +72,15 @@ def test_every_code_is_exact(implementation, dtype):
             out = weight_only_matmul(x, values, torch.tensor(0.5))
             expected = (values.double() * 0.5).T * x.double()
             torch.testing.assert_close(out, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
-        pairs = torch.arange(16, dtype=torch.uint8)
-        values, zero = (pairs * 17).view(-1, 1).expand(16, 8).contiguous(), pairs.view(-1, 1)
+        pairs = torch.arange(16, dtype=torch.uint8).repeat_interleave(16)
+        values, zero = (pairs * 17).view(-1, 1).expand(256, 8).contiguous(), torch.arange(256, dtype=torch.uint8)
         eye = torch.eye(16, dtype=dtype)[:2]
-        out = weight_only_matmul(eye, values, torch.ones(16, 1), zero=zero)
-    assert not out.any()
-    shifted = weight_only_matmul(eye, values, torch.ones(16, 1))
-    assert torch.equal(shifted, (torch.arange(16) - 8).to(dtype).expand(2, 16))
+        for shift in range(0, 256, 15):  # of 16 different zeros to a code, and of others each time
+            zeros = zero.roll(shift)
+            out = weight_only_matmul(eye, values, torch.ones(256, 1), zero=zeros.view(-1, 1))
+            assert torch.equal(out, (pairs - zeros / 16).to(dtype).expand(2, 256))
+        out = weight_only_matmul(eye, values, torch.ones(256, 1))
+    assert torch.equal(out, (pairs.int() - 8).to(dtype).expand(2, 256))
 
 
 @pytest.mark.parametrize("implementation, K", [("torch", 131_072), ("triton", 16_384)])

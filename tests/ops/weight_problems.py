@@ -39,7 +39,7 @@ def weight_of(kind, N, K, group=32, seed=0, codes=None):
     zero = None
     if stored == "int4":
         values = ints((N, -(-K // 2)), 0, 255, seed, torch.uint8)
-        zero = ints(shape, 0, 15, seed + 1, torch.uint8) if granularity == "group" else None
+        zero = ints(shape, 0, 255, seed + 1, torch.uint8) if granularity == "group" else None
         step = 1 / 8
     elif stored == "int8":
         values, step = ints((N, K), -(codes or 128), codes or 127, seed, torch.int8), 1 / 64

@@ -11,7 +11,7 @@ GROUPS = (32, 64, 128)
 def quantize_int4(weight, *, group_size=32):
     """Quantise a weight to 4-bit codes, with a scale and a zero for each group of columns.
 
-    ``weight`` is about ``(code - zero) * scale``, as `weight_only_matmul` takes it
+    ``weight`` is about ``(code - zero / 16) * scale``, as `weight_only_matmul` takes it
 
     Args:
         weight: ``[N, K]``, float16, bfloat16 or float32; the rows may be strided, the last dimension is contiguous.
@@ -20,18 +20,20 @@ def quantize_int4(weight, *, group_size=32):
     Returns:
         ``(values, scale, zero)``, all contiguous: uint8 ``[N, ceil(K / 2)]`` with the code of an even column in the
         lower four bits and that of the next in the upper ones (0 beyond K); weight's dtype ``[N, ceil(K / group)]``;
-        and uint8 of scale's shape, from 0 to 15.
+        and uint8 of scale's shape, from 0 to 240.
 
     Raises:
         ValueError: a shape, stride or option does not fit.
         TypeError: the dtype is not one of the above.
 
-    Numerics: in float32. Of two grids each group takes the one whose largest error is smaller: 15 even steps from the
-        least of its values and 0 to the largest of them and 0, so that no error is more than half such a step; or steps
-        of an eighth of the largest absolute value, by which a weight that was quantised so before (GGUF's Q4_0) comes
-        back without an error. The step is rounded up to weight's dtype. Zero is a whole number, so that 0 stays 0 and
-        every code less its zero is exact in any dtype. Groups of zeros have codes of their zero and a finite scale;
-        where infinity or NaN is, the group's scale is infinity or NaN.
+    Numerics: in float32. Of three grids each group takes the one whose largest error is least: 15 even steps from the
+        least of its values and 0 to the largest of them and 0, so that no error is more than half such a step; steps of
+        an eighth of the largest absolute value, by which a weight that was quantised so before (GGUF's Q4_0) comes back
+        without an error; or, in groups without a 0, the even steps with a zero between two codes, by which what was
+        stored with a least value of its own (Q4_1) comes back but for a 32nd of a step. The step is rounded up to
+        weight's dtype. The zeros of the others are whole codes, so that 0 stays 0; every code less its zero is exact in
+        any dtype. Groups of zeros have codes of their zero and a finite scale; where infinity or NaN is, the group's
+        scale is infinity or NaN.
     Runs on: CUDA 8.0 and newer (Triton); elsewhere torch.
     From: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022,
         https://arxiv.org/abs/2210.17323

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from fusedops._core.codes import rounded_up
 
+ZERO_STEPS = 16  # of a code, that zeros are counted in
 ROWS_BYTES = 2**24  # of float32 values that are worked on at once
 
 
@@ -26,27 +27,28 @@ def quantize_int4(weight, group_size):
 
 
 def _quantized(w, dtype):
-    """(codes, scale, zero) of groups [rows, groups, size]: the even grid, or where it is better that of eighths."""
+    """(codes, scale, zero) of groups [rows, groups, size]: the even grid, or one of two others where it is better."""
     low, high = torch.aminmax(w, dim=-1)
     low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
     even = rounded_up((high - low) / 15.0, dtype)
     eighths = rounded_up(torch.maximum(high, -low) / 8.0, dtype)
-    even_zero = (-low / even).round_()
-    eighths_zero = torch.where(-low >= high, 8.0, 7.0)
-    codes, error = _codes(w, even, even_zero)
-    other, other_error = _codes(w, eighths, eighths_zero)
-    better = other_error < error
-    scale = torch.where(better, eighths, even)
-    zero = torch.where(better, eighths_zero, even_zero)
-    codes = torch.where(better[..., None], other, codes)
+    scale, zero = even, (-low / even).round_()
+    codes, error = _codes(w, scale, zero)
+    centre = torch.where(-low >= high, 8.0, 7.0)
+    between = (-low / even).mul_(ZERO_STEPS).round_().div_(ZERO_STEPS)
+    for other_scale, other_zero, allowed in ((eighths, centre, True), (even, between, (w != 0).all(-1))):
+        other, other_error = _codes(w, other_scale, other_zero)
+        better = (other_error < error) & allowed
+        scale, zero = torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
+        codes, error = torch.where(better[..., None], other, codes), torch.where(better, other_error, error)
     broken = ~scale.isfinite()
     codes = codes.masked_fill_(broken[..., None], 0.0).to(torch.uint8)
-    return codes, scale.to(dtype), zero.masked_fill_(broken, 0.0).to(torch.uint8)
+    return codes, scale.to(dtype), zero.mul_(ZERO_STEPS).masked_fill_(broken, 0.0).to(torch.uint8)
 
 
 def _codes(w, scale, zero):
     """Codes as float32, and the largest error of each group."""
     places = w / scale[..., None]
-    codes = places.round().add_(zero[..., None]).clamp_(0.0, 15.0)
+    codes = (places + zero[..., None]).round_().clamp_(0.0, 15.0)
     error = places.sub_(codes - zero[..., None]).abs_().amax(-1)
     return codes, error.mul_(scale)

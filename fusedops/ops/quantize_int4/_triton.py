@@ -9,6 +9,7 @@ import triton.language as tl
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div
 
+ZERO_STEPS = tl.constexpr(16.0)  # of a code, that zeros are counted in
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no fraction bits, rounded to nearest even
 
 
@@ -37,8 +38,8 @@ def _rounded_up(step, dtype: tl.constexpr):
 def _codes(w, scale, zero):
     """Codes in float32, and the largest error of each group."""
     places = tl.div_rn(w, tl.broadcast_to(scale[:, None], w.shape))
-    rounded = (places + ROUNDER) - ROUNDER
-    codes = tl.minimum(tl.maximum(rounded + zero[:, None], 0.0), 15.0)
+    rounded = ((places + zero[:, None]) + ROUNDER) - ROUNDER
+    codes = tl.minimum(tl.maximum(rounded, 0.0), 15.0)
     return codes, tl.max(tl.abs(places - (codes - zero[:, None])), 1) * scale
 
 
@@ -61,22 +62,29 @@ def _quantize_int4_kernel(
     top = tl.maximum(high, -low)
     even = _rounded_up(tl.div_rn(high - low, tl.full([BLOCK_G], 15.0, tl.float32)), dtype)
     eighths = _rounded_up(top * 0.125, dtype)
-    even_zero = (tl.div_rn(-low, even) + ROUNDER) - ROUNDER
-    eighths_zero = tl.where(-low >= high, 8.0, 7.0)
-    codes, error = _codes(w, even, even_zero)
-    other, other_error = _codes(w, eighths, eighths_zero)
+    place = tl.div_rn(-low, even)
+    scale, zero = even, (place + ROUNDER) - ROUNDER
+    codes, error = _codes(w, scale, zero)
+    centre = tl.where(-low >= high, 8.0, 7.0)
+    other, other_error = _codes(w, eighths, centre)
     better = other_error < error
-    scale = tl.where(has_nan, float("nan"), tl.where(better, eighths, even))
-    zero = tl.where(better, eighths_zero, even_zero)
+    scale, zero = tl.where(better, eighths, scale), tl.where(better, centre, zero)
+    codes, error = tl.where(better[:, None], other, codes), tl.where(better, other_error, error)
+    between = ((place * ZERO_STEPS + ROUNDER) - ROUNDER) * (1.0 / ZERO_STEPS)
+    other, other_error = _codes(w, even, between)
+    better = (other_error < error) & (tl.min(tl.abs(w), 1) > 0.0)
+    scale, zero = tl.where(better, even, scale), tl.where(better, between, zero)
+    codes = tl.where(better[:, None], other, codes)
+    scale = tl.where(has_nan, float("nan"), scale)
     finite = scale < float("inf")
-    codes = tl.where(finite[:, None] & inside, tl.where(better[:, None], other, codes), 0.0).to(tl.int32)
+    codes = tl.where(finite[:, None] & inside, codes, 0.0).to(tl.int32)
     even_codes, odd_codes = tl.split(codes.reshape([BLOCK_G, GROUP // 2, 2]))
     pairs = (even_codes | (odd_codes << 4)).to(tl.uint8)
     stored = (first // 2)[:, None] + tl.arange(0, GROUP // 2)[None, :]
     mask = (rows < N)[:, None] & (stored < num_stored)
     tl.store(values_ptr + rows[:, None] * num_stored + stored, pairs, mask=mask)
     tl.store(scale_ptr + groups, scale.to(dtype), mask=rows < N)
-    tl.store(zero_ptr + groups, tl.where(finite, zero, 0.0).to(tl.uint8), mask=rows < N)
+    tl.store(zero_ptr + groups, tl.where(finite, zero * ZERO_STEPS, 0.0).to(tl.uint8), mask=rows < N)
 
 
 def _default(group_size):

@@ -2,12 +2,15 @@
 
 import torch
 
+ZERO_STEPS = 16  # of a code, that zeros are counted in
+
 
 def quantize_int4(weight, group_size, round_to=None):
-    """Codes in pairs, scale and zero of each group: of two grids the one whose largest error is smaller.
+    """Codes in pairs, scale and zero of each group: of three grids the one whose largest error is smaller.
 
-    The even grid spans the group's values and 0 by 15 steps. The other has steps of an eighth of the largest absolute
-    value, which is code 0 or 15: what was quantised so before is found again exactly. round_to is the scale's dtype.
+    The even grid spans the group's values and 0 by 15 steps. Another has steps of an eighth of the largest absolute
+    value, which is code 0 or 15: what was quantised so before is found again exactly. The last is the even one with a
+    zero in sixteenths of a code, for groups without a 0 in them. round_to is the scale's dtype.
     """
     N, K = weight.shape
     dtype = round_to or weight.dtype
@@ -15,25 +18,29 @@ def quantize_int4(weight, group_size, round_to=None):
     w = torch.nn.functional.pad(weight.float(), (0, groups * group_size - K)).view(N, groups, group_size)
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     top = torch.maximum(high, -low)
-    scale, codes, zero, error = _grid(w, (high - low) / 15, None, -low, dtype)
-    other = _grid(w, top / 8, torch.where(-low >= high, 8.0, 7.0), -low, dtype)
-    better = other[3] < error
-    scale = torch.where(better, other[0], scale)
-    codes = torch.where(better[..., None], other[1], codes)
-    zero = torch.where(better, other[2], zero)
+    even = _rounded_up((high - low) / 15, dtype)
+    eighths = _rounded_up(top / 8, dtype)
+    scale, zero = even, (-low / even).round()
+    codes, error = _codes(w, scale, zero)
+    centre = torch.where(-low >= high, 8.0, 7.0)
+    between = (-low / even * ZERO_STEPS).round() / ZERO_STEPS
+    for other_scale, other_zero, allowed in ((eighths, centre, True), (even, between, (w != 0).all(-1))):
+        other_codes, other_error = _codes(w, other_scale, other_zero)
+        better = (other_error < error) & allowed
+        scale, zero = torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
+        codes, error = torch.where(better[..., None], other_codes, codes), torch.where(better, other_error, error)
     finite = scale.isfinite()
     codes = torch.where(finite[..., None], codes, 0).flatten(1)[:, :K].to(torch.uint8)
     pairs = torch.nn.functional.pad(codes, (0, K % 2)).view(N, -(-K // 2), 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4), scale.to(dtype), torch.where(finite, zero, 0).to(torch.uint8)
+    zero = torch.where(finite, zero * ZERO_STEPS, 0).to(torch.uint8)
+    return pairs[..., 0] | (pairs[..., 1] << 4), scale.to(dtype), zero
 
 
-def _grid(w, step, zero, below, dtype):
-    """(scale, codes, zero, largest error) of steps rounded up to the dtype."""
-    scale = _rounded_up(step, dtype)
-    zero = (below / scale).round() if zero is None else zero
+def _codes(w, scale, zero):
+    """Codes, and the largest error of each group."""
     places = w / scale[..., None]
-    codes = (places.round() + zero[..., None]).clamp(0, 15)
-    return scale, codes, zero, (places - (codes - zero[..., None])).abs().amax(-1) * scale
+    codes = (places + zero[..., None]).round().clamp(0, 15)
+    return codes, (places - (codes - zero[..., None])).abs().amax(-1) * scale
 
 
 def _rounded_up(step, dtype):

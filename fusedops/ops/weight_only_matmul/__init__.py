@@ -15,7 +15,7 @@ def weight_only_matmul(x, values, scale, *, zero=None, bias=None, activation=Non
     """Multiply by a quantised weight, and apply what follows, without ever storing the weight expanded.
 
     ``out = activation(x @ weight.T + bias) + residual`` with ``weight = values * scale``, of 4-bit codes
-    ``weight = (code - zero) * scale``
+    ``weight = (code - zero / 16) * scale``
 
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32; the last dimension is contiguous.
@@ -26,7 +26,8 @@ def weight_only_matmul(x, values, scale, *, zero=None, bias=None, activation=Non
             each row ``[N]``, or for each block of 128 by 128 ``[ceil(N / 128), ceil(K / 128)]``; for all formats one
             for each group of 32, 64 or 128 columns of a row, ``[N, ceil(K / group)]``, of which the last may be
             smaller: the group follows from the shapes.
-        zero: For 4-bit codes alone, uint8 of scale's shape: the code that stands for 0. None is 8.
+        zero: For 4-bit codes alone, uint8 of scale's shape: sixteen times the code that stands for 0, which may lie
+            between two codes (a whole zero of GPTQ or AWQ times 16). None is 128: code 8.
         bias: ``[N]``, x's dtype or float32.
         activation: None, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         residual: ``[..., N]``, x's dtype; the last dimension is contiguous.

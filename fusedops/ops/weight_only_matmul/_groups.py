@@ -2,6 +2,7 @@
 
 GROUPS = (32, 64, 128)  # consecutive weights of a row
 BLOCK = 128  # rows and columns of a block
+ZERO_STEPS = 16  # of a code, that zeros are counted in
 
 
 def group_of(N, K, shape):

@@ -8,7 +8,7 @@ faster in float32, by a block of weights at a time that stays in the cache.
 import torch
 
 from fusedops._core.activations import activate_
-from fusedops.ops.weight_only_matmul._groups import BLOCK, group_of
+from fusedops.ops.weight_only_matmul._groups import BLOCK, ZERO_STEPS, group_of
 
 PACK_K = 32  # weights that one step of torch's product with int8 weights reads
 PACK_BYTES = 64  # what an operand of that product is aligned to; rows are, as K is a multiple of PACK_K
@@ -67,7 +67,7 @@ def _blocked(rows, values, scale, zero, group):
         scale = scale.float()
         if group[0] == BLOCK:
             scale = scale.repeat_interleave(BLOCK, 0)
-        zero = None if zero is None else zero.float()
+        zero = None if zero is None else zero.float().div_(ZERO_STEPS)
     step = max(BLOCK_BYTES // (4 * K), 1)
     for first in range(0, N, step):
         part = slice(first, min(first + step, N))

@@ -17,9 +17,10 @@ from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
 from fusedops._core.tl import activate
-from fusedops.ops.weight_only_matmul._groups import group_of
+from fusedops.ops.weight_only_matmul._groups import ZERO_STEPS, group_of
 
-TWO_23 = tl.constexpr(8388608.0)
+TWO_19 = tl.constexpr(524288.0)
+ZERO_STEP = tl.constexpr(1.0 / ZERO_STEPS)
 FEW_ROWS = 64
 PROGRAMS_PER_SM = 2  # that the parts of K aim at
 LOAD_BYTES = 16  # that a thread asks for at once
@@ -48,17 +49,17 @@ class CombineConfig:
 
 
 @triton.jit
-def _after(codes):
-    """2**23 and small codes in float32, by their bits: a GPU converts integers at a fraction of the rate of this."""
-    return (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+def _after(sixteenths):
+    """2**19 and some sixteenths in float32, by their bits: a GPU converts integers at a fraction of this rate."""
+    return (sixteenths.to(tl.int32) | 0x49000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _expanded(codes, zero, FORMAT: tl.constexpr, dtype: tl.constexpr):
     """A tile of stored weights as numbers of `dtype`, exactly; of 4-bit codes two from each byte, less their zero."""
     if FORMAT == "int4":
-        low = _after(codes & 15) - (zero + TWO_23)
-        high = _after(codes >> 4) - (zero + TWO_23)
+        low = _after((codes & 15) << 4) - (zero + TWO_19)
+        high = _after(codes & 240) - (zero + TWO_19)
         return tl.join(low.to(dtype), high.to(dtype)).reshape(codes.shape[0], 2 * codes.shape[1])
     elif FORMAT == "fp8 bits":  # as float16 these bits are 2**-8 of the number, denormal ones too, but for NaN
         bits = codes.to(tl.uint16)
@@ -127,7 +128,7 @@ def _weight_only_kernel(
         zero = 8.0
         if zero_ptr is not None:
             zeros = tl.load(zero_rows + group * stride_zero_g, mask=mask_n, other=0)
-            zero = zeros.to(tl.float32)[:, None]
+            zero = zeros.to(tl.float32)[:, None] * ZERO_STEP
         weight = _expanded(codes, zero, FORMAT, dtype)
         if SCALE == "group":
             scale = tl.load(scale_rows + group * stride_scale_g, mask=mask_n, other=0.0)

@@ -4,6 +4,7 @@ import torch
 
 GROUPS = (32, 64, 128)
 BLOCK = 128
+ZERO_STEPS = 16  # of a code, that zeros are counted in
 
 
 def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
@@ -26,11 +27,11 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
 
 
 def dequantized(values, scale, zero, K, dtype):
-    """The weight [N, K]: ``values * scale``; of packed 4-bit codes ``(code - zero) * scale``, zero None is 8."""
+    """The weight [N, K]: ``values * scale``; of packed 4-bit codes ``(code - zero / 16) * scale``, zero None is 128."""
     N = values.shape[0]
     if values.dtype == torch.uint8:
         codes = torch.stack((values & 15, values >> 4), -1).flatten(1)[:, :K].to(dtype)
-        codes = codes - (8 if zero is None else _spread(zero.to(dtype), N, K))
+        codes = codes - (8 if zero is None else _spread(zero.to(dtype) / ZERO_STEPS, N, K))
     else:
         codes = values.to(dtype)
     return codes * _spread(scale.to(dtype), N, K)
