@@ -28,7 +28,8 @@ __all__ = ["PagedCache", "PatchedModel", "Report", "Row", "patch", "patched", "s
 
 
 def patch(
-    model, *, attention=True, norm=True, mlp=True, rotary=True, residual=True, dry_run=False, strict=True, verify=False
+    model, *, attention=True, norm=True, mlp=True, rotary=True, residual=True, linear=True, dry_run=False,
+    strict=True, verify=False
 ):  # fmt: skip
     """Replace parts of a model by fused operators, in this instance only.
 
@@ -39,6 +40,8 @@ def patch(
         mlp: Replace the activation and multiplication of gated MLPs and packed experts.
         rotary: Replace the rotary embedding of q and k.
         residual: Compute a residual addition and the norm after it in one pass (without gradients); needs `norm`.
+        linear: Multiply quantised linears that get the same input (q, k and v; gate and up) in one product, and let the
+            norm or gate before them quantise it (without gradients).
         dry_run: Report what would be replaced, and leave the model alone.
         strict: Raise where nothing is recognised, where something else has already replaced a forward that we would
             replace, or where verification fails; False reports it and leaves such modules alone.
@@ -54,7 +57,8 @@ def patch(
         RuntimeError: the model is patched already, by us or by something else, or verification failed. The model is
             then as it was before.
     """
-    wanted = {"attention": attention, "norm": norm, "mlp": mlp, "rotary": rotary, "residual": norm and residual}
+    wanted = {"attention": attention, "norm": norm, "mlp": mlp, "rotary": rotary, "residual": norm and residual,
+              "linear": linear}  # fmt: skip
     kinds = tuple(kind for kind in KINDS if wanted[kind])
     _check(model, kinds)
     plan = Plan(model, kinds, strict)
@@ -112,7 +116,7 @@ def _check(model, kinds):
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     if not kinds:
-        raise ValueError("patch: at least one of attention, norm, mlp, rotary must be True, got none")
+        raise ValueError("patch: at least one of attention, norm, mlp, rotary, linear must be True, got none")
     already = patched_modules(model)
     if already:
         raise RuntimeError(
@@ -127,6 +131,7 @@ _LOOKED_FOR = {
     "mlp": "gated MLPs (down(silu(gate) * up), gelu too, separate or packed projections)",
     "rotary": "rotary functions of q and k that a forward calls as a global",
     "residual": "residual additions before a replaced norm",
+    "linear": "quantised linears that get the same input",
 }
 
 

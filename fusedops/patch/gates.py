@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from fusedops._core.register import operators
-from fusedops.ops.gated_activation import gelu_mul, silu_mul
+from fusedops.ops.gated_activation import gelu_mul, silu_mul, silu_mul_quantized
 from fusedops.patch.instance import UNSUPPORTED, State
 from fusedops.patch.probing import PROBE_DTYPES, Recorder, agreement, attempt, detached_copy, generator
+from fusedops.patch.rows import QuantizedRows, unchanged, wanted
 
 BUDGETS = 2  # an activation spelled out, such as x * sigmoid(x), also rounds its factors
 GATE_METHOD = "_apply_gate"  # transformers' packed experts call it between their two grouped products
@@ -49,9 +50,10 @@ class GateState(State):
         multiply: Our operator, ``multiply(gate, up)``.
         gate, up, down: Names of the children; `up` is None where `gate` gives both, one after the other.
         gate_first: Whether the gate is the first half of a packed projection.
+        rows: The dtype in which `down` takes quantised rows, or None.
     """
 
-    __slots__ = ("down", "gate", "gate_first", "multiply", "up")
+    __slots__ = ("down", "gate", "gate_first", "multiply", "rows", "up")
 
     def __init__(self, function, multiply, gate=None, up=None, down=None, gate_first=True, slot="forward"):
         super().__init__(function, slot)
@@ -60,6 +62,18 @@ class GateState(State):
         self.up = up
         self.down = down
         self.gate_first = gate_first
+        self.rows = None
+
+    def product(self, gate, up):
+        """What `down` gets: the product, or its quantised rows."""
+        if not wanted(self, gate):
+            return self.multiply(gate, up)
+        values, scale = silu_mul_quantized(gate, up, dtype=self.rows)
+        late = partial(self._late, gate, gate._version, up, up._version)
+        return QuantizedRows(values, scale, gate.dtype, late, self)
+
+    def _late(self, gate, gate_version, up, up_version):
+        return self.multiply(unchanged(gate, gate_version), unchanged(up, up_version))
 
 
 def gated_forward(self, *args, **kwargs):
@@ -71,7 +85,7 @@ def gated_forward(self, *args, **kwargs):
     children = self._modules
     gate, up = children[state.gate](x), children[state.up](x)
     try:
-        product = state.multiply(gate, up)
+        product = state.product(gate, up)
     except UNSUPPORTED as reason:
         return state.run_stock(self, reason, args, kwargs)
     return children[state.down](product)
@@ -103,7 +117,7 @@ def apply_gate(self, *args, **kwargs):
 
 def _multiply_halves(state, packed):
     first, second = packed.chunk(2, dim=-1)
-    return state.multiply(first, second) if state.gate_first else state.multiply(second, first)
+    return state.product(first, second) if state.gate_first else state.product(second, first)
 
 
 def find_gate(module):

@@ -1,5 +1,6 @@
 """Norms: which formula a module computes, and the forward that computes it with our operators."""
 
+from functools import partial
 from itertools import product
 
 import torch
@@ -8,9 +9,10 @@ from torch.nn import Parameter
 
 from fusedops._core.register import operators
 from fusedops.ops.layer_norm import add_layer_norm, layer_norm
-from fusedops.ops.rms_norm import add_rms_norm, rms_norm
+from fusedops.ops.rms_norm import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 from fusedops.patch.instance import UNSUPPORTED, State
 from fusedops.patch.probing import PROBE_DTYPES, agreement, attempt, detached_copy, generator
+from fusedops.patch.rows import QuantizedRows, unchanged, wanted
 
 MAX_EPS = 0.1  # a larger float attribute of a norm is something else
 
@@ -51,21 +53,38 @@ class NormState(State):
 
 
 class RMSNormState(NormState):
-    """State of a replaced RMS norm; `weight` is the name of its parameter, None where it has none."""
+    """State of a replaced RMS norm.
 
-    __slots__ = ("rounding", "weight", "weight_offset")
+    Attributes:
+        weight: Name of its parameter, None where it has none.
+        rounding, weight_offset: As in `fusedops.rms_norm`.
+        rows: The dtype in which the quantised linears that get its result take it, or None.
+    """
+
+    __slots__ = ("rounding", "rows", "weight", "weight_offset")
 
     def __init__(self, weight, eps, rounding, weight_offset):
         super().__init__(eps)
         self.weight = weight
         self.rounding = rounding
         self.weight_offset = weight_offset
+        self.rows = None
 
     def compute(self, module, x):
         """The norm of x."""
         weight = module._parameters.get(self.weight)
         if type(weight) is not Parameter or weight.dtype is not x.dtype:
             self._check(weight, x)
+        if wanted(self, x):
+            options = {"weight_offset": self.weight_offset, "rounding": self.rounding}
+            values, scale = rms_norm_quantized(x, weight, self.eps, dtype=self.rows, **options)
+            return QuantizedRows(values, scale, x.dtype, partial(self._late, weight, x, x._version), self)
+        return self._ordinary(weight, x)
+
+    def _late(self, weight, x, version):
+        return self._ordinary(weight, unchanged(x, version))
+
+    def _ordinary(self, weight, x):
         run = _rms_norm.direct(x)
         if run is not None:
             return run(x, weight, self.eps, self.weight_offset, self.rounding)
@@ -76,6 +95,10 @@ class RMSNormState(NormState):
         weight = module._parameters.get(self.weight)
         if type(weight) is not Parameter or weight.dtype is not x.dtype:
             self._check(weight, x)
+        if wanted(self, x) and type(residual) is torch.Tensor:
+            options = {"weight_offset": self.weight_offset, "rounding": self.rounding}
+            values, scale, h = add_rms_norm_quantized(x, residual, weight, self.eps, dtype=self.rows, **options)
+            return QuantizedRows(values, scale, x.dtype, partial(self._late, weight, h, h._version), self), h
         run = _add_rms_norm.direct(x, residual)
         if run is not None:
             return run(x, residual, weight, self.eps, self.weight_offset, self.rounding)

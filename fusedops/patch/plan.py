@@ -1,7 +1,7 @@
 """What replaces what in a model: the list of replacements, made without touching the model."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from fusedops.patch.attention import AttentionState, Switch, find_attention, pre
 from fusedops.patch.continuous import find_engine
 from fusedops.patch.gates import GATE_METHOD, find_gate
 from fusedops.patch.instance import State, foreign_forward
+from fusedops.patch.linears import Fusion
 from fusedops.patch.norms import find_norm
 from fusedops.patch.probing import probing
 from fusedops.patch.report import Row
@@ -33,7 +34,7 @@ class Plan:
 
     Args:
         model: Any module.
-        kinds: Which of attention, norm, mlp, rotary, residual to look for.
+        kinds: Which of attention, norm, mlp, rotary, residual, linear to look for.
         strict: Raise where another patcher has set the forward of a module that we would replace.
 
     Raises:
@@ -53,18 +54,20 @@ class Plan:
                 for kind, find in FINDERS.items():
                     found = find(module) if kind in kinds else None
                     if found is not None:
-                        self._add(path, module, kind, found)
+                        self.add(path, module, kind, found)
+            if "linear" in kinds:
+                Fusion(self).add_all()
         if "residual" in kinds:
             self._find_residuals()
         if self._switches:
             found = ((module, find_engine(module)) for module in model.modules())
             self.engines = [(module, state) for module, state in found if state is not None]
 
-    def _add(self, path, module, kind, found):
+    def add(self, path, module, kind, found):
         """Take a finding into the plan, as a replacement or as a skipped row."""
         if isinstance(found, tuple):
             state, text = found
-            reason = self._obstacle(path, module, state)
+            reason = self.obstacle(path, module, state)
             if reason is None:
                 row = Row(path, type(module).__name__, kind, "replaced", replacement=text)
                 if isinstance(state, AttentionState):
@@ -78,7 +81,12 @@ class Plan:
             reason = found
         self.rows.append(Row(path, type(module).__name__, kind, "skipped", reason=reason))
 
-    def _obstacle(self, path, module, state):
+    def reword(self, replacement, text):
+        """Say otherwise what a module is replaced by."""
+        row = replace(replacement.row, replacement=text)
+        self.rows[self.rows.index(replacement.row)] = replacement.row = row
+
+    def obstacle(self, path, module, state):
         """Why a module that we could replace is left alone, or None; chooses the slot."""
         if module in self._taken and not isinstance(state, AttentionState):
             return "the module is already replaced as another kind"
@@ -131,7 +139,7 @@ class Plan:
                 next_hooks = following._forward_pre_hooks if following is not None else {}
                 state = residual.ResidualState(type(layer), norms, next_norm, is_clear, next_hooks, forward)
                 found = state, f"{count} x residual addition and norm in one pass"
-            self._add(f"{path}.{index}", layer, "residual", found)
+            self.add(f"{path}.{index}", layer, "residual", found)
 
     def _norms_of(self, module):
         """Names of a module's replaced norms, in their order."""

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-KINDS = ("attention", "norm", "mlp", "rotary", "residual")
+KINDS = ("attention", "norm", "mlp", "rotary", "residual", "linear")
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Row:
     Attributes:
         path: Name of the module in the model.
         module: Name of its class.
-        kind: attention, norm, mlp, rotary or residual.
+        kind: attention, norm, mlp, rotary, residual or linear.
         status: replaced or skipped.
         replacement: The operator that computes it now; empty where it was skipped.
         reason: Why it was skipped; empty where it was replaced.
@@ -32,7 +32,7 @@ class Measured:
     """Measured difference between the model's own code and the replacement, in epsilons of the output's dtype.
 
     Attributes:
-        kind: attention, norm, mlp, rotary, residual; or "whole model".
+        kind: attention, norm, mlp, rotary, residual, linear; or "whole model".
         path: The module that differed most of its kind.
         count: Number of comparisons.
         rms, peak: The largest relative differences: Euclidean over the tensor, and of the largest element.

@@ -41,7 +41,7 @@ def test_logits(family):
     model, ids = tiny(family), tokens(length=LENGTH)
     expected = logits(model, ids)
     handle = only_attention(model)
-    assert handle.report.counts == {"attention": 2, "norm": 0, "mlp": 0, "rotary": 0, "residual": 0}
+    assert handle.report.counts == {"attention": 2, "norm": 0, "mlp": 0, "rotary": 0, "residual": 0, "linear": 0}
     assert_close(logits(model, ids), expected)
     assert_fused(handle, 2)
 

@@ -131,7 +131,7 @@ def test_family_that_nobody_listed(dtype):
     model, ids = tower(dtype), tokens()
     before = logits(model, ids)
     handle = patch(model)
-    assert handle.report.counts == {"attention": 0, "norm": 7, "mlp": 3, "rotary": 3, "residual": 3}
+    assert handle.report.counts == {"attention": 0, "norm": 7, "mlp": 3, "rotary": 3, "residual": 3, "linear": 0}
     replacements = {row.kind: row.replacement for row in handle.report.replaced}
     assert replacements["norm"] == "rms_norm()"
     assert replacements["mlp"] == "gelu_mul of w1, w3"

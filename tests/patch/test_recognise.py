@@ -319,4 +319,4 @@ def test_patching_inside_autocast_and_on_meta():
     with torch.device("meta"):
         on_meta = nn.Sequential(Norm(FORMULAS["rms_norm(rounding='llama')"]), Gated(GATES["silu_mul of one, two"]))
         counts = patch(on_meta, dry_run=True).report.counts
-    assert counts == {"attention": 0, "norm": 1, "mlp": 1, "rotary": 0, "residual": 0}
+    assert counts == {"attention": 0, "norm": 1, "mlp": 1, "rotary": 0, "residual": 0, "linear": 0}

@@ -44,7 +44,7 @@ def test_dry_run():
     handle = patch(model, dry_run=True)
     assert_same(before, snapshot(model))
     assert handle.report.dry_run and str(handle.report).startswith("would be replaced\n")
-    assert handle.report.counts == {"attention": 0, "norm": 7, "mlp": 3, "rotary": 3, "residual": 3}
+    assert handle.report.counts == {"attention": 0, "norm": 7, "mlp": 3, "rotary": 3, "residual": 3, "linear": 0}
     handle.undo()
     patch(model)
 
@@ -52,7 +52,7 @@ def test_dry_run():
 @pytest.mark.parametrize("kind", ["norm", "mlp", "rotary", "residual"])
 def test_one_kind_switched_off(kind):
     counts = patch(tower(), **{kind: False}).report.counts
-    expected = {"attention": 0, "norm": 7, "mlp": 3, "rotary": 3, "residual": 3, kind: 0}
+    expected = {"attention": 0, "norm": 7, "mlp": 3, "rotary": 3, "residual": 3, "linear": 0, kind: 0}
     if kind == "norm":
         expected["residual"] = 0  # nothing to hand the sum's norm to
     assert counts == expected
@@ -69,7 +69,7 @@ def test_nothing_recognised():
         patch(model, mlp=False)
     assert "RMS norms" in str(error.value) and "gated MLPs" not in str(error.value)
     handle = patch(model, strict=False)
-    assert handle.report.counts == {"attention": 0, "norm": 0, "mlp": 0, "rotary": 0, "residual": 0}
+    assert handle.report.counts == {"attention": 0, "norm": 0, "mlp": 0, "rotary": 0, "residual": 0, "linear": 0}
     assert str(handle.report).startswith("replaced\n  nothing\nskipped\n")
     handle.undo()
 
@@ -98,8 +98,8 @@ def test_rejects(arguments, error, message):
 
 
 def test_rejects_no_kind():
-    with pytest.raises(ValueError, match="at least one of attention, norm, mlp, rotary must be True"):
-        patch(tower(), attention=False, norm=False, mlp=False, rotary=False)
+    with pytest.raises(ValueError, match="at least one of attention, norm, mlp, rotary, linear must be True"):
+        patch(tower(), attention=False, norm=False, mlp=False, rotary=False, linear=False)
     with pytest.raises(TypeError, match="attentions"):
         patch(tower(), attentions=True)
 

@@ -312,7 +312,7 @@ def test_layer_norm_residual():
 
     model, x = fill(Stack()), torch.randn(2, 5, 32)
     expected = logits(model, x)
-    assert patch(model).report.counts == {"attention": 0, "norm": 7, "mlp": 0, "rotary": 0, "residual": 3}
+    assert patch(model).report.counts == {"attention": 0, "norm": 7, "mlp": 0, "rotary": 0, "residual": 3, "linear": 0}
     fusedops.reset_counters()
     torch.testing.assert_close(logits(model, x), expected)
     assert {name: count for (name, _), count in fusedops.counters().items()} == {"add_layer_norm": 6, "layer_norm": 1}

@@ -99,7 +99,7 @@ def test_not_strict_leaves_out_what_is_wrong(monkeypatch):
     expected = logits(model, ids)
     _plant(monkeypatch, "sin negated")
     handle = patch(model, verify=True, strict=False)
-    assert handle.report.counts == {"attention": 2, "norm": 5, "mlp": 2, "rotary": 0, "residual": 2}
+    assert handle.report.counts == {"attention": 2, "norm": 5, "mlp": 2, "rotary": 0, "residual": 2, "linear": 0}
     assert all("differs by rms" in row.reason for row in handle.report.skipped)
     torch.testing.assert_close(logits(model, ids), expected)
     handle.undo()
@@ -156,7 +156,7 @@ def test_attention_alone_can_be_left_out(monkeypatch):
     expected = logits(model, ids)
     _plant(monkeypatch, "key heads swapped")
     handle = patch(model, verify=True, strict=False)
-    assert handle.report.counts == {"attention": 0, "norm": 5, "mlp": 0, "rotary": 2, "residual": 2}
+    assert handle.report.counts == {"attention": 0, "norm": 5, "mlp": 0, "rotary": 2, "residual": 2, "linear": 0}
     assert model.config._attn_implementation == "eager"
     torch.testing.assert_close(logits(model, ids), expected)
     handle.undo()
