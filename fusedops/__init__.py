@@ -2,6 +2,7 @@
 
 from fusedops._core.dispatch import FallbackWarning, counters, fallbacks, reset_counters
 from fusedops._core.explain import Explanation, explain
+from fusedops.convert import fake_quantize_, quantize_
 from fusedops.kv_cache import OutOfPages, PagedKVCache
 from fusedops.ops.attention import attention, attention_varlen, merge_attention
 from fusedops.ops.gated_activation import gelu_mul, silu_mul, silu_mul_quantized

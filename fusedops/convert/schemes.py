@@ -1,5 +1,6 @@
 """The ways to quantise a model: which module takes a linear's place, and with which options."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,10 +29,10 @@ class Scheme:
     quantizes_activations: bool = False
     max_in_features: int | None = None
 
-    def num_bytes(self, out_features, in_features, dtype):
+    def stored_bytes(self, out_features, in_features, dtype):
         """Bytes of the codes and scales of a weight ``[out_features, in_features]``."""
-        made = self.module(in_features, out_features, bias=False, device="meta", dtype=dtype, **self.options)
-        return sum(parameter.numel() * parameter.element_size() for parameter in made.parameters())
+        stored = self.module.layout(in_features, out_features, dtype, **self.options).values()
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in stored)
 
     def obstacle(self, linear):
         """Why this scheme does not take a `torch.nn.Linear`, or None."""
@@ -43,7 +44,7 @@ class Scheme:
             return "its weight is empty"
         if self.max_in_features is not None and K > self.max_in_features:
             return f"in_features {K} > {self.max_in_features}, where sums leave int32"
-        before, after = linear.weight.numel() * linear.weight.element_size(), self.num_bytes(N, K, dtype)
+        before, after = num_bytes([linear.weight]), self.stored_bytes(N, K, dtype)
         if after >= before:
             return f"too small: {after} bytes with its scales, {before} as it is"
         return None
@@ -89,3 +90,8 @@ def find_scheme(op, name, group_size=None):
     if isinstance(group_size, bool) or group_size not in GROUPS:
         raise ValueError(f"{op}: group_size must be None or one of {', '.join(map(str, GROUPS))}, got {group_size!r}")
     return replace(scheme, options={**scheme.options, "group_size": int(group_size)})
+
+
+def num_bytes(tensors):
+    """Bytes of the elements of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

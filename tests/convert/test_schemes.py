@@ -26,7 +26,7 @@ def test_convert(name):
     assert type(made) is CLASSES[name] and scheme.quantizes_activations == (name in ("int8", "fp8"))
     assert made.options.items() >= scheme.options.items()
     stored = sum(p.numel() * p.element_size() for key, p in made.named_parameters() if key != "bias")
-    assert stored == scheme.num_bytes(24, 100, torch.bfloat16)
+    assert stored == scheme.stored_bytes(24, 100, torch.bfloat16)
     x = torch.randn(5, 100).to(torch.bfloat16)
     error = (made(x) - linear(x)).float().norm() / linear(x).float().norm()
     assert error < (0.15 if "int4" in name else 0.05)

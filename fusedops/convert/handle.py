@@ -1,0 +1,170 @@
+"""Putting modules in the place of others, all or none, and taking them out again."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fusedops.nn import QuantizedLinear
+
+
+@dataclass(eq=False)
+class Swap:
+    """One module in the place of another.
+
+    Attributes:
+        path: Name of the first place.
+        places: (parent, name) of every place.
+        old: The module that stood there; None once it was dropped.
+        new: The module that stands there.
+    """
+
+    path: str
+    places: list
+    old: nn.Module | None
+    new: nn.Module
+
+    def apply(self):
+        """Put the new module into its places."""
+        for parent, name in self.places:
+            parent._modules[name] = self.new
+
+    def revert(self):
+        """Put the old module back; harmless where `apply` did not come so far."""
+        for parent, name in self.places:
+            parent._modules[name] = self.old
+
+    def is_in_place(self):
+        """Whether the new module still stands in all its places."""
+        return all(parent._modules.get(name) is self.new for parent, name in self.places)
+
+
+class Changed:
+    """Parameters that are changed in place, with their values from before."""
+
+    def __init__(self):
+        self._before = []
+
+    def keep(self, parameter):
+        """Remember a parameter's value."""
+        self._before.append((parameter, parameter.detach().clone()))
+
+    def restore(self):
+        """Write the values back, bit for bit."""
+        with torch.no_grad():
+            for parameter, value in reversed(self._before):
+                parameter.copy_(value)
+        self._before = []
+
+
+class QuantizedModel:
+    """What `fusedops.quantize_` returns; with ``keep=True`` also a context manager, which undoes it at the end.
+
+    A copy of the model is quantised like the model; this handle stays with the original.
+
+    Attributes:
+        model: The model.
+        report: The `Report`.
+    """
+
+    def __init__(self, model, swaps, changed, report, keep):
+        self.model = model
+        self.report = report
+        self._swaps = swaps
+        self._changed = changed
+        self._is_kept = bool(keep)
+        if not keep:
+            self._changed = None
+            for swap in swaps:
+                swap.old = None
+        elif keep == "cpu":
+            for swap in swaps:
+                swap.old.weight.data = swap.old.weight.data.cpu()
+
+    def undo(self):
+        """Put the original modules back, and the norms as they were, bit for bit; once undone, a no-op.
+
+        A weight that was kept on the CPU, or whose model has moved since, goes to where the quantised one is.
+
+        Raises:
+            RuntimeError: the float weights were not kept, or something else has replaced a module since. Nothing is
+                undone then.
+        """
+        if not self._is_kept:
+            raise RuntimeError("undo: the float weights were dropped; pass keep=True to quantize_ to keep them")
+        check_in_place("undo", self._swaps)
+        for swap in self._swaps:
+            weight, device = swap.old.weight, swap.new.weight.device
+            if weight.device != device:
+                weight.data = weight.data.to(device)
+            swap.old.train(swap.new.training)
+            swap.revert()
+        if self._changed is not None:
+            self._changed.restore()
+        self._swaps = []
+
+    def dequantize(self, dtype=None):
+        """Put plain `torch.nn.Linear` modules in place of the quantised ones, with the weights their codes stand for.
+
+        Args:
+            dtype: Of the weights; None is that of the module.
+
+        Raises:
+            RuntimeError: something else has replaced a module since. Nothing is changed then.
+        """
+        check_in_place("dequantize", self._swaps)
+        plain = {}
+        for swap in self._swaps:
+            if not isinstance(swap.new, QuantizedLinear):
+                continue
+            codes = id(swap.new.weight)
+            linear = swap.new.to_linear(dtype)
+            if codes in plain:
+                linear.weight = plain[codes].weight
+            else:
+                plain[codes] = linear
+                plain[id(linear)] = swap.new  # the codes live until all are done, so that no id is used twice
+            swap.new = linear
+            swap.apply()
+
+    def __enter__(self):
+        if not self._is_kept:
+            raise RuntimeError("quantize_: as a context manager it needs keep=True, so that it can be undone")
+        return self
+
+    def __exit__(self, *exception):
+        self.undo()
+
+    def __repr__(self):
+        totals = self.report.totals
+        return f"<QuantizedModel of {type(self.model).__name__}: {totals['quantized']} linears, {self.report.scheme}>"
+
+
+def check_in_place(op, swaps):
+    """Raise RuntimeError where something else has replaced a module since."""
+    for swap in swaps:
+        if not swap.is_in_place():
+            raise RuntimeError(f"{op}: {swap.path} was replaced after it was quantised; undo that first")
+
+
+def replace_all(conversions, changed):
+    """Make all new modules, then put them in: all or none.
+
+    Args:
+        conversions: Iterable of Swap, which does the work when it is iterated.
+        changed: Changed; what the work changes in place is restored where it fails.
+
+    Returns:
+        List of the swaps.
+    """
+    swaps = []
+    try:
+        swaps.extend(conversions)
+        for swap in swaps:
+            swap.apply()
+    except BaseException:
+        for swap in swaps:
+            swap.revert()
+        changed.restore()
+        raise
+    return swaps
