@@ -6,13 +6,13 @@ from fusedops.convert.conversion import convert_all, model_bytes
 from fusedops.convert.handle import Changed, Swap, check_in_place, replace_all
 from fusedops.convert.report import Report, Row
 from fusedops.convert.schemes import find_scheme, num_bytes
-from fusedops.convert.select import Selection, check_finite, select
+from fusedops.convert.select import DEFAULT_SKIP, Selection, check_finite, select
 from fusedops.nn import FakeQuantizedLinear
 
 OP = "fake_quantize_"
 
 
-def fake_quantize_(model, scheme, *, skip=("lm_head",), group_size=None):
+def fake_quantize_(model, scheme, *, skip=DEFAULT_SKIP, group_size=None):
     """Let the linears of a model compute as quantised ones while their float weights are trained, in place.
 
     The forward of each is, bit for bit, that of the quantised module which `.convert()` puts in its place; in the

@@ -87,8 +87,8 @@ class QuantizedModel:
         A weight that was kept on the CPU, or whose model has moved since, goes to where the quantised one is.
 
         Raises:
-            RuntimeError: the float weights were not kept, or something else has replaced a module since. Nothing is
-                undone then.
+            RuntimeError: the float weights were not kept, or something else has replaced or patched a module since.
+                Nothing is undone then.
         """
         if not self._is_kept:
             raise RuntimeError("undo: the float weights were dropped; pass keep=True to quantize_ to keep them")
@@ -110,7 +110,7 @@ class QuantizedModel:
             dtype: Of the weights; None is that of the module.
 
         Raises:
-            RuntimeError: something else has replaced a module since. Nothing is changed then.
+            RuntimeError: something else has replaced or patched a module since. Nothing is changed then.
         """
         check_in_place("dequantize", self._swaps)
         plain = {}
@@ -141,10 +141,12 @@ class QuantizedModel:
 
 
 def check_in_place(op, swaps):
-    """Raise RuntimeError where something else has replaced a module since."""
+    """Raise RuntimeError where something else has replaced a module since, or its forward, as `fusedops.patch` does."""
     for swap in swaps:
         if not swap.is_in_place():
             raise RuntimeError(f"{op}: {swap.path} was replaced after it was quantised; undo that first")
+        if "forward" in vars(swap.new):
+            raise RuntimeError(f"{op}: {swap.path} was patched after it was quantised; undo that first")
 
 
 def replace_all(conversions, changed):

@@ -3,14 +3,14 @@
 from fusedops.convert.calibrate import checked_batches
 from fusedops.convert.conversion import convert_all
 from fusedops.convert.schemes import find_scheme
-from fusedops.convert.select import select
+from fusedops.convert.select import DEFAULT_SKIP, select
 from fusedops.convert.smooth import Calibration
 
 OP = "quantize_"
 
 
 def quantize_(
-    model, scheme, *, skip=("lm_head",), group_size=None, calibration=None, smoothing=0.5, static=False, keep=False,
+    model, scheme, *, skip=DEFAULT_SKIP, group_size=None, calibration=None, smoothing=0.5, static=False, keep=False,
     progress=None,
 ):  # fmt: skip
     """Replace the linears of a model by quantised ones, in place.
@@ -36,7 +36,8 @@ def quantize_(
         calibration: Of ``"int8"`` and ``"fp8"``: an iterable of model inputs, each a tensor, a mapping of arguments or
             a list of them. The model runs on each, in evaluation mode without gradients.
         smoothing: How much of the outliers goes into the weights, from 0 to 1; None leaves the model's weights alone.
-        static: Give every linear one fixed scale for its inputs, from the calibration, in place of each row's own.
+        static: Give every linear one fixed scale for its inputs, from the calibration, in place of each row's own:
+            cheaper, and much coarser where a few tokens are far larger than the others.
         keep: Keep the float weights, so that `undo` can restore them: True where they are, ``"cpu"`` on the CPU.
         progress: Is called with (done, total) after each batch and each linear.
 

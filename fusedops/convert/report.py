@@ -58,7 +58,7 @@ class Report:
         scheme: Name of the scheme.
         rows: One Row per linear.
         smoothing: One Smoothing per place; empty without calibration.
-        unmatched: Entries of `skip` that name nothing in the model.
+        unmatched: Entries of `skip` that name nothing in the model; that of the default is not meant.
         model_bytes_before, model_bytes_after: Of all parameters and buffers of the model, each counted once.
     """
 
@@ -128,10 +128,11 @@ class Report:
         if self.unmatched:
             lines.append(f"skip names nothing in the model: {', '.join(map(repr, self.unmatched))}")
         totals = self.totals
-        lines.append(
-            f"weights {_size(totals['bytes_before'])} -> {_size(totals['bytes_after'])}, "
-            f"model {_size(self.model_bytes_before)} -> {_size(self.model_bytes_after)}"
-        )
+        if self.quantized:
+            lines.append(
+                f"weights {_size(totals['bytes_before'])} -> {_size(totals['bytes_after'])}, "
+                f"model {_size(self.model_bytes_before)} -> {_size(self.model_bytes_after)}"
+            )
         return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from fusedops.convert.report import Row
 from fusedops.nn import QuantizedLinear
 
+DEFAULT_SKIP = ("lm_head",)  # a model need not have one
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -151,7 +152,7 @@ def _named_in_skip(model, skip):
         used.update(entries)
         for below in module.modules() if entries else ():
             reasons.setdefault(id(below), f"named in skip ({entries[0]!r})")
-    return reasons, tuple(entry for entry in skip if entry not in used)
+    return reasons, tuple(entry for entry in skip if entry not in used and entry not in DEFAULT_SKIP)
 
 
 def _matches(path, entry):
