@@ -129,7 +129,7 @@ def _signature(args):
 
 def _dispatcher_needed(args):
     """Whether anything stands between the caller and the tensors: gradients, tracing, modes, subclasses."""
-    if _watched():
+    if _watched() or args[0].is_meta:
         return True
     grad = torch.is_grad_enabled()
     for arg in args:

@@ -27,6 +27,8 @@ def as_input_scale(name, value, device):
     Raises:
         ValueError: it is not one number, not finite, or not above 0.
     """
+    if value is None:
+        raise ValueError(f"{name}: input_scale must be a number with static_input, got None")
     scale = torch.as_tensor(value, dtype=torch.float32, device=device).detach()
     if scale.numel() != 1:
         raise ValueError(f"{name}: input_scale must be one number, got shape {list(scale.shape)}")
@@ -53,7 +55,7 @@ def misfits(name, parameters, kept, state_dict, prefix):
 
 
 def entering(layer, x):
-    """x as the operators take it, in autocast's dtype where that is on; an error in the layer's name where it is none.
+    """x as the operators take it; an error in the layer's name where it is none.
 
     Raises:
         TypeError: x is not a tensor.
@@ -61,14 +63,19 @@ def entering(layer, x):
     """
     device = layer._parameters["weight"].device
     if type(x) is not torch.Tensor or x.shape[-1:] != (layer.in_features,) or x.device != device:
-        name = type(layer).__name__
-        checks.bind_shapes(name, x=(x, f"... {layer.in_features}"))
+        name, K = type(layer).__name__, layer.in_features
+        checks.bind_shapes(name, x=(x, "..."))
+        if x.shape[-1:] != (K,):
+            raise ValueError(f"{name}: x must have shape [..., K] with K={K}, got {list(x.shape)}")
         if x.device != device:
             raise ValueError(f"{name}: x must be on {device}, got {x.device}")
-    kind = device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def autocast_dtype(x):
+    """The dtype that autocast wants of x, None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def wants_gradient(x, bias):
@@ -108,7 +115,7 @@ def differentiable(target, x, weight, parameters):
     with torch.no_grad():
         out, values, scale = target.compute(x, parameters)
     if weight is None:
-        values = scale = None
+        values = scale = None  # which its gradient alone needs
     codes = parameters["weight"], parameters["weight_scale"], parameters.get("weight_zero")
     return _StraightThrough.apply(out, x, weight, parameters["bias"], values, scale, *codes)
 
@@ -127,7 +134,8 @@ class _StraightThrough(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, x, weight, bias, values, scale, codes, weight_scale, weight_zero = inputs
         ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (x, weight, bias)]
-        ctx.save_for_backward(values, scale, codes, weight_scale, weight_zero)
+        multiplied = None if weight is None else x if values is None else values
+        ctx.save_for_backward(multiplied, scale, codes, weight_scale, weight_zero)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -140,10 +148,10 @@ class _StraightThrough(torch.autograd.Function):
             stored = {"weight": codes, "weight_scale": weight_scale, "weight_zero": weight_zero}
             grad_x = (rows @ dequantized_weight(stored, K, grad.dtype)).view(ctx.shape).to(x_dtype)
         if ctx.needs_input_grad[2]:
-            given = values.reshape(-1, K)
+            multiplied = values.reshape(-1, K)
             if scale is not None:
-                given = dequantized(given, scale, None, K, torch.float32)
-            grad_weight = (rows.T @ given.to(grad.dtype)).to(weight_dtype)
+                multiplied = dequantized(multiplied, scale, None, K, torch.float32)
+            grad_weight = (rows.T @ multiplied.to(grad.dtype)).to(weight_dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
         return None, grad_x, grad_weight, grad_bias, None, None, None, None, None

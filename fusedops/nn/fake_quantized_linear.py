@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fusedops.nn._linear import as_input_scale, differentiable, entering, keeping_dtypes, wants_gradient
+from fusedops.nn._linear import as_input_scale, autocast_dtype, differentiable, entering, keeping_dtypes, wants_gradient
 from fusedops.nn.quantized_linear import QuantizedLinear
 
 
@@ -65,6 +65,10 @@ class FakeQuantizedLinear(nn.Linear):
     def forward(self, x):
         """Multiply x ``[..., K]`` by the quantised weight; the result ``[..., N]`` has x's dtype."""
         x = entering(self, x)
+        dtype = autocast_dtype(x)
+        if dtype is not None:
+            with torch.autocast(x.device.type, enabled=False):  # as in the converted layer
+                return self.forward(x.to(dtype))
         target, weight, bias = self.target, self.weight, self.bias
         parameters = {**target.quantize_weight(weight, **self.options), "bias": bias, "input_scale": self.input_scale}
         trained = weight if torch.is_grad_enabled() and weight.requires_grad else None

@@ -7,6 +7,7 @@ from torch.nn import Parameter
 from fusedops._core import checks
 from fusedops.nn._linear import (
     as_input_scale,
+    autocast_dtype,
     dequantized_weight,
     differentiable,
     entering,
@@ -102,13 +103,13 @@ class QuantizedLinear(nn.Module):
             raise TypeError(f"{cls.__name__}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
         if input_scale is not None:
             options["static_input"] = True
-        elif options.get("static_input"):
-            raise ValueError(f"{cls.__name__}: input_scale must be a number with static_input, got None")
-        N, K = linear.weight.shape
-        made = cls(K, N, linear.bias is not None, "meta", linear.weight.dtype, **options)
-        stored = cls.quantize_weight(linear.weight, **made.options)
-        if input_scale is not None:
-            stored["input_scale"] = as_input_scale(cls.__name__, input_scale, linear.weight.device)
+        options = cls.checked(**options)
+        stored, weight = {}, linear.weight
+        if options.get("static_input"):
+            stored["input_scale"] = as_input_scale(cls.__name__, input_scale, weight.device)
+        N, K = weight.shape
+        made = cls(K, N, linear.bias is not None, "meta", weight.dtype, **options)
+        stored |= cls.quantize_weight(weight, **options)
         for name, tensor in stored.items():
             setattr(made, name, Parameter(tensor, requires_grad=False))
         if linear.bias is not None:
@@ -131,6 +132,10 @@ class QuantizedLinear(nn.Module):
     def forward(self, x):
         """Multiply x ``[..., K]``; the result ``[..., N]`` has x's dtype, under autocast that of autocast."""
         x = entering(self, x)
+        dtype = autocast_dtype(x)
+        if dtype is not None:
+            with torch.autocast(x.device.type, enabled=False):  # which would round what operators do in float32
+                return self.forward(x.to(dtype))
         parameters = self._parameters
         if wants_gradient(x, parameters["bias"]):
             return differentiable(type(self), x, None, parameters)
@@ -138,7 +143,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def compute(cls, x, parameters):
-        """``(out, values, scale)``: the result, and x as it was multiplied (scale None where it was not quantised).
+        """``(out, values, scale)``: the result, and x as it was quantised, ``[M, K]``; None where it was not.
 
         Args:
             x: ``[..., K]``, with a contiguous last dimension.

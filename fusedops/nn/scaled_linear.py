@@ -22,7 +22,7 @@ class _ScaledLinear(QuantizedLinear):
 
     @classmethod
     def compute(cls, x, parameters):
-        """See `QuantizedLinear.compute`; values are ``[M, K]``."""
+        """See `QuantizedLinear.compute`."""
         rows, static = x if x.dim() > 1 else x.unsqueeze(0), parameters.get("input_scale")
         if static is not None:
             values, scale = cls._quantize(rows, "tensor", static)
@@ -74,7 +74,7 @@ class _ScaledLinear(QuantizedLinear):
         """
         leading = values.shape[:-1]
         if values.dim() != 2:
-            blocks = scale.dim() == values.dim() > 1
+            blocks = scale.dim() == values.dim() and (leading or scale.numel() > 1)
             scale = scale.reshape(-1, scale.shape[-1]) if blocks else scale.reshape(-1)
             values = values.reshape(-1, values.shape[-1])
             residual = None if residual is None else residual.reshape(-1, residual.shape[-1])

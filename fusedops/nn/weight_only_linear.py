@@ -20,7 +20,7 @@ class WeightOnlyLinear(QuantizedLinear):
     """Multiply an input of 16 or 32 bits with codes of the weight.
 
     ``out = x @ weight.T + bias`` with ``weight = codes * weight_scale``, of 4-bit codes
-    ``(codes - weight_zero) * weight_scale``, in place of ``torch.nn.Linear``
+    ``(codes - weight_zero / 16) * weight_scale``, in place of ``torch.nn.Linear``
 
     Args:
         in_features, out_features, bias, device, dtype: As in ``torch.nn.Linear``, any numbers from 1. The weight is 0
@@ -92,5 +92,5 @@ class WeightOnlyLinear(QuantizedLinear):
         zero, bias = parameters.get("weight_zero"), beside(x.dtype, parameters["bias"])
         run = direct(_weight_only_matmul, x)
         if run is None:
-            return weight_only_matmul(x, values, scale, zero=zero, bias=bias), x, None
-        return run(x, values, scale, zero, bias, None, None), x, None
+            return weight_only_matmul(x, values, scale, zero=zero, bias=bias), None, None
+        return run(x, values, scale, zero, bias, None, None), None, None
