@@ -14,7 +14,7 @@ from fusedops._core.register import operators
 from fusedops.ops.gated_activation import gelu_mul, silu_mul, silu_mul_quantized
 from fusedops.patch.instance import UNSUPPORTED, State
 from fusedops.patch.probing import PROBE_DTYPES, Recorder, agreement, attempt, detached_copy, generator
-from fusedops.patch.rows import QuantizedRows, unchanged, wanted
+from fusedops.patch.rows import QuantizedRows, unchanged, version_of, wanted
 
 BUDGETS = 2  # an activation spelled out, such as x * sigmoid(x), also rounds its factors
 GATE_METHOD = "_apply_gate"  # transformers' packed experts call it between their two grouped products
@@ -54,6 +54,7 @@ class GateState(State):
     """
 
     __slots__ = ("down", "gate", "gate_first", "multiply", "rows", "up")
+    steady = True  # gate and up go from their projections to the product and nowhere else
 
     def __init__(self, function, multiply, gate=None, up=None, down=None, gate_first=True, slot="forward"):
         super().__init__(function, slot)
@@ -69,7 +70,7 @@ class GateState(State):
         if not wanted(self, gate):
             return self.multiply(gate, up)
         values, scale = silu_mul_quantized(gate, up, dtype=self.rows)
-        late = partial(self._late, gate, gate._version, up, up._version)
+        late = partial(self._late, gate, version_of(gate), up, version_of(up))
         return QuantizedRows(values, scale, gate.dtype, late, self)
 
     def _late(self, gate, gate_version, up, up_version):

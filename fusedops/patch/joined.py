@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from fusedops.patch.instance import State, record_fallback
-from fusedops.patch.rows import QuantizedRows
+from fusedops.patch.rows import QuantizedRows, version_of
 
 MAX_WASTED = 8  # products in a row of which a part was left lying, before the linears are computed apart
 MAX_JOINS = 4  # times that the parameters may be found elsewhere, as after ``model.to(...)``
@@ -97,9 +97,7 @@ class Group:
             self._apart(reason)
             return
         sizes = [member.out_features for member in members]
-        whole = type(first)(
-            first.in_features, sum(sizes), first.bias is not None, "meta", first.dtype, **first.options
-        )
+        whole = type(first)(first.in_features, sum(sizes), first.bias is not None, "meta", first.dtype, **first.options)
         with torch.no_grad(), torch.inference_mode(False):
             for name, dim in _dims(first).items():
                 parts = [member._parameters[name] for member in members]
@@ -145,7 +143,7 @@ class _Product:
     def __init__(self, x, mode, parts, members):
         self.x = x
         self.mode = mode
-        self.version = _version(x)
+        self.version = version_of(x)
         self.parts = list(parts)
         self.left = len(self.parts)
         self.weights = [_state_of_weights(member) for member in members]
@@ -156,7 +154,7 @@ class _Product:
         An inference tensor does not tell whether it was changed in place. The module's own code does not change it
         between two linears, that was tried; a hook of one of them may.
         """
-        if x is not self.x or mode is not self.mode or self.parts[index] is None or _version(x) != self.version:
+        if x is not self.x or mode is not self.mode or self.parts[index] is None or version_of(x) != self.version:
             return False
         if self.version is None and any(member._forward_pre_hooks or member._forward_hooks for member in members):
             return False
@@ -230,7 +228,9 @@ def _dims(member):
 
 
 def _own(part):
-    """The same memory as a tensor that is no view: what writes a model to a file then writes this part alone."""
+    """The same memory as a tensor that is no view, where torch can: a pickle then holds this part alone."""
+    if part.device.type not in ("cpu", "cuda"):
+        return part
     if part.dtype.itemsize == 1:
         return torch.from_dlpack(part.view(torch.uint8)).view(part.dtype)
     return torch.from_dlpack(part)
@@ -241,11 +241,7 @@ def _places(member):
 
 
 def _state_of_weights(member):
-    return [(id(p), p.data_ptr(), _version(p)) for p in member._parameters.values() if p is not None]
-
-
-def _version(tensor):
-    return None if tensor.is_inference() else tensor._version
+    return [(id(p), p.data_ptr(), version_of(p)) for p in member._parameters.values() if p is not None]
 
 
 def _autocast_dtype(x):

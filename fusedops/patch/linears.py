@@ -23,19 +23,19 @@ OUTSIDE = ""  # where the input of the module itself comes from
 
 
 class _StandIn(nn.Module):
-    """Notes the tensors that it is given, and returns a new one."""
+    """Notes the tensors that it is given, and returns a new one, of a linear the columns of a wider matrix."""
 
-    def __init__(self, name, width, calls):
+    def __init__(self, name, width, calls, contiguous):
         super().__init__()
         self.name = name
         self.width = width
         self.calls = calls
+        self.more = 0 if contiguous else 8
 
     def forward(self, *args, **kwargs):
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         x = given[0]
-        # columns of a wider matrix, as the linear will give them
-        out = x.clone() if self.width is None else x.new_ones(*x.shape[:-1], self.width + 8)[..., : self.width]
+        out = x.clone() if self.width is None else x.new_ones(*x.shape[:-1], self.width + self.more)[..., : self.width]
         self.calls.append((self.name, [(tensor, tensor._version) for tensor in given], out))
         return out
 
@@ -47,30 +47,35 @@ class Reading:
     Attributes:
         inputs: {name of a child that is called once: [(source, version)]}, in the order of the calls. A source is
             the name of a child, OUTSIDE, or a number; two tensors with the same source and version are the same.
-        contiguous: Whether the forward stopped because columns of a wider matrix cannot be looked at in its way.
+        contiguous: Whether the forward looks at its children's results in a way that columns of a wider matrix do not
+            allow.
+        steady: Names of the children whose inputs were the same at the end, which the forward came to.
     """
 
     inputs: dict
     contiguous: bool
+    steady: frozenset
 
     def given(self, source):
         """Names of the children that get what `source` gives."""
         return [name for name, found in self.inputs.items() if source in (origin for origin, _ in found)]
 
 
-def read(module, width):
+def read(module, width, contiguous=False):
     """The Reading of a module for an input of this width."""
     calls, stopped = [], None
     copy = detached_copy(module)
     for name, child in module._modules.items():
         if child is not None:
-            copy._modules[name] = _StandIn(name, getattr(child, "out_features", None), calls)
+            copy._modules[name] = _StandIn(name, getattr(child, "out_features", None), calls, contiguous)
     x = torch.ones(2, 3, width)
     try:
         arguments = _arguments(type(module).forward, x)
         type(module).forward(copy, *arguments[0], **arguments[1])
     except Exception as error:  # it wanted more than the stand-ins give
         stopped = error
+    if not contiguous and "view size is not compatible" in str(stopped):
+        return read(module, width, contiguous=True)
     sources = {id(x): OUTSIDE} | {id(out): name for name, _, out in calls}
     times = Counter(name for name, _, _ in calls)
     inputs = {
@@ -78,7 +83,9 @@ def read(module, width):
         for name, given, _ in calls
         if times[name] == 1
     }
-    return Reading(inputs, "view size is not compatible" in str(stopped))
+    kept = [name for name, given, _ in calls if all(tensor._version == version for tensor, version in given)]
+    steady = frozenset(() if stopped else kept)
+    return Reading(inputs, contiguous, steady)
 
 
 def _arguments(forward, x):
@@ -106,26 +113,29 @@ def shared_inputs(module):
 
 
 def takers(module, norm):
-    """The linears that get a norm's result, by path from `module`, where nothing else gets it; else an empty dict.
+    """``({path from `module`: linear}, steady)``: the linears that get a norm's result; none where others get it too.
 
     Args:
         module: What calls the norm, and hands its result to a linear or to a module with linears.
         norm: Name of the norm.
+
+    Returns:
+        Also whether the norm's input stays as it is until the module is through.
     """
     width = next((p.shape[0] for p in module._modules[norm].parameters()), None)
     if width is None or not any(_linears_near(child) for child in module._modules.values()):
-        return {}
-    found = {}
-    for name in read(module, width).given(norm):
+        return {}, False
+    found, reading = {}, read(module, width)
+    for name in reading.given(norm):
         child = module._modules[name]
         if isinstance(child, QuantizedLinear):
             found[name] = child
             continue
         inner = read(child, width).given(OUTSIDE)
         if not inner or not all(isinstance(child._modules[part], QuantizedLinear) for part in inner):
-            return {}
+            return {}, False
         found |= {f"{name}.{part}": child._modules[part] for part in inner}
-    return found
+    return found, norm in reading.steady
 
 
 def _linears_near(child):
@@ -214,7 +224,8 @@ class Fusion:
             path, state = replacement.row.path, replacement.state
             if isinstance(state, RMSNormState) and path:
                 above, _, name = path.rpartition(".")
-                self._feed(replacement, above, takers(self._modules[above], name))
+                linears, state.steady = takers(self._modules[above], name)
+                self._feed(replacement, above, linears)
             elif isinstance(state, GateState) and state.multiply is multiply_silu and state.down:
                 self._feed(replacement, path, {state.down: replacement.module._modules[state.down]})
 

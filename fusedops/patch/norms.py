@@ -12,7 +12,7 @@ from fusedops.ops.layer_norm import add_layer_norm, layer_norm
 from fusedops.ops.rms_norm import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 from fusedops.patch.instance import UNSUPPORTED, State
 from fusedops.patch.probing import PROBE_DTYPES, agreement, attempt, detached_copy, generator
-from fusedops.patch.rows import QuantizedRows, unchanged, wanted
+from fusedops.patch.rows import QuantizedRows, unchanged, version_of, wanted
 
 MAX_EPS = 0.1  # a larger float attribute of a norm is something else
 
@@ -59,9 +59,10 @@ class RMSNormState(NormState):
         weight: Name of its parameter, None where it has none.
         rounding, weight_offset: As in `fusedops.rms_norm`.
         rows: The dtype in which the quantised linears that get its result take it, or None.
+        steady: Whether the code that calls it leaves its input alone until its result was used.
     """
 
-    __slots__ = ("rounding", "rows", "weight", "weight_offset")
+    __slots__ = ("rounding", "rows", "steady", "weight", "weight_offset")
 
     def __init__(self, weight, eps, rounding, weight_offset):
         super().__init__(eps)
@@ -69,6 +70,7 @@ class RMSNormState(NormState):
         self.rounding = rounding
         self.weight_offset = weight_offset
         self.rows = None
+        self.steady = False
 
     def compute(self, module, x):
         """The norm of x."""
@@ -78,7 +80,7 @@ class RMSNormState(NormState):
         if wanted(self, x):
             options = {"weight_offset": self.weight_offset, "rounding": self.rounding}
             values, scale = rms_norm_quantized(x, weight, self.eps, dtype=self.rows, **options)
-            return QuantizedRows(values, scale, x.dtype, partial(self._late, weight, x, x._version), self)
+            return QuantizedRows(values, scale, x.dtype, partial(self._late, weight, x, version_of(x)), self)
         return self._ordinary(weight, x)
 
     def _late(self, weight, x, version):
@@ -98,7 +100,7 @@ class RMSNormState(NormState):
         if wanted(self, x) and type(residual) is torch.Tensor:
             options = {"weight_offset": self.weight_offset, "rounding": self.rounding}
             values, scale, h = add_rms_norm_quantized(x, residual, weight, self.eps, dtype=self.rows, **options)
-            return QuantizedRows(values, scale, x.dtype, partial(self._late, weight, h, h._version), self), h
+            return QuantizedRows(values, scale, x.dtype, partial(self._late, weight, h, version_of(h)), self), h
         run = _add_rms_norm.direct(x, residual)
         if run is not None:
             return run(x, residual, weight, self.eps, self.weight_offset, self.rounding)

@@ -92,17 +92,24 @@ def wanted(state, x):
     """Whether a module whose results go to quantised linears shall hand them on as quantised rows.
 
     Args:
-        state: Its State, with `rows`, the dtype that the linears take.
-        x: Its input, which the result may have to be made of: an ordinary tensor that tells when it is changed.
+        state: Its State, with `rows`, the dtype that the linears take, and `steady`, whether the code around it was
+            seen to leave its input alone afterwards.
+        x: Its input, which the result may have to be made of later; an inference tensor does not tell whether it was
+            changed in place.
     """
     return (
         state.rows is not None
         and not torch.is_grad_enabled()
         and type(x) is torch.Tensor
-        and not x.is_inference()
+        and (state.steady or not x.is_inference())
         and state.fallbacks.get(READ, 0) < MAX_READS
         and not torch.is_autocast_enabled(x.device.type)
     )
+
+
+def version_of(tensor):
+    """Counts changes in place; None for an inference tensor, which does not tell."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def unchanged(x, version):
@@ -111,7 +118,7 @@ def unchanged(x, version):
     Raises:
         RuntimeError: it was changed in place since.
     """
-    if x._version != version:
+    if version_of(x) != version:
         raise RuntimeError("patch: an input of a norm or gate was changed in place before its result was read")
     return x
 
