@@ -2,6 +2,7 @@
 
 from fusedops._core.dispatch import FallbackWarning, counters, fallbacks, reset_counters
 from fusedops._core.explain import Explanation, explain
+from fusedops._core.inspection import Inspection, inspect
 from fusedops.convert import fake_quantize_, quantize_
 from fusedops.kv_cache import OutOfPages, PagedKVCache
 from fusedops.ops.attention import attention, attention_varlen, merge_attention

@@ -19,7 +19,6 @@ from filelock import FileLock
 
 from fusedops._core.cubin import CubinReport
 from fusedops._core.device import TARGETS
-from tests.data.compile_worker import DISASSEMBLED
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = "tests.data.compile_worker"
@@ -27,8 +26,9 @@ GATED_TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 DTYPES = ("fp16", "bf16", "fp32")
 EVERYTHING = tuple(itertools.product(GATED_TARGETS, DTYPES))
 # float16's code is bfloat16's with other conversions: same tiles, shared memory and, give or take two, registers. Two
-# targets are enough for it but in the deep run.
-GATED = tuple((target, dtype) for target, dtype in EVERYTHING if dtype != "fp16" or target in DISASSEMBLED)
+# targets are enough for it but in the deep run, one for each generation of instructions.
+FEW_TARGETS = ("sm_80", "sm_90a")
+GATED = tuple((target, dtype) for target, dtype in EVERYTHING if dtype != "fp16" or target in FEW_TARGETS)
 MAX_STACK_BYTES = 64
 OPERATOR_FILES = sorted([*ROOT.glob("fusedops/ops/*/_triton.py"), *ROOT.glob("fusedops/ops/*/_triton/__init__.py")])
 PLANTED = ROOT / "tests/data/planted_triton.py"
@@ -68,7 +68,7 @@ def imported_files(path):
 def cache_key(path, combinations):
     """Changes with the sources of the kernels, of their compilation and of the examples, and with triton."""
     digest = hashlib.sha256(f"{importlib.metadata.version('triton')} {combinations}".encode())
-    tools = [ROOT / "fusedops/_core/cubin.py", ROOT / "tests/data/compile_worker.py"]
+    tools = imported_files(ROOT / "tests/data/compile_worker.py")
     for file in [*imported_files(path), *tools]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:24]
@@ -94,6 +94,7 @@ def _worker(scratch, *arguments):
     """What the worker prints: a process without the interpreter, and with empty caches of Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(scratch)
+    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth of the time; the instructions are the same
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-m", WORKER, *arguments]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
@@ -124,7 +125,7 @@ def broken_gates(row):
         broken.append(f"has a stack frame of {report.stack_bytes} bytes, at most {MAX_STACK_BYTES} are allowed")
     if report.spill_in_loop:
         broken.append(f"spills in a loop ({report.spill_stores} STL, {report.spill_loads} LDL in all)")
-    if row["wide_access"] and row["target"] in DISASSEMBLED:
+    if row["wide_access"]:
         broken += [] if report.wide_loads else ["has no LDG.E.128"]
         broken += [] if report.wide_stores else ["has no STG.E.128"]
     return broken
@@ -188,8 +189,7 @@ def planted_rows(cache_folder, tmp_path):
 
 def test_planted_faults_are_found(planted_rows):
     found = violations(PLANTED, planted_rows)
-    assert any("_spilling_kernel bf16 sm_89" in line and "spills in a loop" in line for line in found)
-    for target in DISASSEMBLED:
+    for target in ("sm_80", "sm_89", "sm_90a"):
         of_target = [sentence for sentence in found if f" {target} " in sentence]
         expected = {
             "_scalar_access_kernel": ("has no LDG.E.128", "has no STG.E.128"),

@@ -3,9 +3,11 @@
 Triton's package brings ptxas, cuobjdump and nvdisasm; neither a driver nor a CUDA toolkit is needed.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ class CubinReport:
         shared_bytes: Shared memory that a launch asks for; Triton uses no static one.
         spill_stores, spill_loads: Number of STL and LDL instructions.
         spill_in_loop: Whether one of them lies on a cycle of the control flow.
-        instructions: Opcode with its modifiers to how often it stands in the code; empty if not disassembled.
+        instructions: Opcode with its modifiers to how often it stands in the code.
         loops: The loops that do the work: how deep each stands, and its instructions, as above.
     """
 
@@ -92,23 +94,27 @@ def report(example, target):
     return read(compile_example(example, target))
 
 
-def read(compiled, disassemble=True):
-    """Read the machine code of a compiled kernel; safe to call from several threads.
+def read(compiled):
+    """Read the machine code of a compiled kernel."""
+    return read_all([compiled])[0]
 
-    Disassembling takes most of the time. Without it `instructions` stays empty unless there is a stack frame,
-    which is the only place that spills go to.
-    """
-    name, arch = compiled.metadata.name, re.search(r"^\.target\s+(\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        with open(path, "wb") as file:
-            file.write(compiled.asm["cubin"])
+
+def read_all(kernels):
+    """Read the machine code of compiled kernels, in little more time than that of one."""
+    codes = [(_arch(compiled), _machine_code(compiled.asm["cubin"])) for compiled in kernels]
+    listed = {}
+    for arch in dict.fromkeys(arch for arch, _ in codes):
+        indices = [index for index, (of, _) in enumerate(codes) if of == arch]
+        listed |= zip(indices, _listed(arch, [codes[index][1] for index in indices]))
+    return [_report(compiled, arch, listed[index]) for index, (compiled, (arch, _)) in enumerate(zip(kernels, codes))]
+
+
+def _report(compiled, arch, listed):
+    name = compiled.metadata.name
+    with _file(compiled.asm["cubin"]) as path:
         usage = _USAGE.search(_run_tool("cuobjdump", "-res-usage", path).split(f"Function {name}:")[-1])
-        if usage is None:
-            raise RuntimeError(f"cubin: cuobjdump did not report the resources of {name}")
-        # -ndf: the analysis left out, a fifth of nvdisasm's time, only annotates indirect branches.
-        needs_listing = disassemble or int(usage["stack"]) > 0
-        listed = sass.parse(_run_tool("nvdisasm", "-c", "-ndf", path) if needs_listing else "")
+    if usage is None:
+        raise RuntimeError(f"cubin: cuobjdump did not report the resources of {name}")
     return CubinReport(
         kernel=name,
         target=arch,
@@ -120,18 +126,49 @@ def read(compiled, disassemble=True):
     )
 
 
+def _listed(arch, codes):
+    """What `sass.parse_all` finds in machine code of one architecture."""
+    with _file(b"".join(codes)) as path:
+        # -ndf: the analysis left out, a fifth of the time, only annotates indirect branches.
+        text = _run_tool("nvdisasm", "-ndf", "-b", arch.replace("sm_", "SM"), path)
+    return sass.parse_all(text, [len(code) for code in codes])
+
+
+def _arch(compiled):
+    return re.search(r"^\.target\s+(\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
+
+
+def _machine_code(cubin):
+    """The instructions of a cubin, an ELF file with one kernel: the only section whose name begins with .text."""
+    (start,) = struct.unpack_from("<Q", cubin, 40)
+    size, number, names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, start + index * size) for index in range(number)]
+    texts = [
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", headers[names][4] + name)
+    ]
+    if len(texts) != 1:
+        raise RuntimeError(f"cubin: machine code must be that of one kernel, got {len(texts)}")
+    return texts[0]
+
+
+@contextlib.contextmanager
+def _file(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel")
+        with open(path, "wb") as file:
+            file.write(content)
+        yield path
+
+
 def compile_example(example, target):
     """Compile a KernelExample; the result's ``asm`` holds every stage from ``ttir`` to ``cubin``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     matched = re.fullmatch(r"sm_(\d{2,3})[af]?", target)
     if matched is None:
         raise ValueError(f"cubin: target must look like 'sm_90a', got {target!r}")
     function = example.kernel
-    if not isinstance(function, triton.runtime.jit.JITFunction):
-        raise RuntimeError("cubin: kernels compile only in a process that imported triton without TRITON_INTERPRET=1")
+    _check_compiles(function)
     names = function.arg_names
     unknown = set(names) ^ (set(example.types) | set(example.constants))
     if unknown:
@@ -141,14 +178,35 @@ def compile_example(example, target):
     options = {"num_warps": example.num_warps, "num_stages": example.num_stages}
     if example.max_registers is not None:
         options["maxnreg"] = example.max_registers
-    constants = dict(example.constants)
-    if function.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
+    return _compile(function, signature, dict(example.constants), attributes, int(matched[1]), options)
 
-        source = GluonASTSource(function, signature, constants, attributes)
-    else:
-        source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", int(matched[1]), 32), options=options)
+
+def compile_bound(binding):
+    """Compile a Binding as its launch would; the result is that of `compile_example`."""
+    _check_compiles(binding.function)
+    return _compile(
+        binding.function, binding.signature, binding.constants, binding.attributes, binding.capability,
+        dict(vars(binding.options)),
+    )  # fmt: skip
+
+
+def _compile(function, signature, constants, attributes, capability, options):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kind = ASTSource
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as kind
+    source = kind(function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _check_compiles(function):
+    import triton
+
+    if triton.knobs.runtime.interpret or not isinstance(function, triton.runtime.jit.JITFunction):
+        raise RuntimeError("cubin: kernels compile only in a process that imported triton without TRITON_INTERPRET=1")
 
 
 def assemble_for(compiled, target):

@@ -1,7 +1,9 @@
 """What a GPU offers a kernel: limits of the device at hand, and of named targets for work without one."""
 
+import contextlib
 import functools
 import platform
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,9 +74,24 @@ def cpu_name():
         return platform.machine()
 
 
+_described = ContextVar("limits that tensors without a GPU stand for", default=None)
+
+
+@contextlib.contextmanager
+def described(device_limits):
+    """In this block tensors that are not on a GPU stand for some on this device, of which nothing can be run."""
+    token = _described.set(device_limits)
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
 def limits(device):
     """The limits of a torch device; anything but CUDA stands for the emulated GPU, or for Triton's interpreter."""
     if device.type != "cuda":
+        if (found := _described.get()) is not None:
+            return found
         return EMULATED[env.emulate_target()] if env.backend() == "emulate" else INTERPRETER
     return _cuda_limits(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -112,16 +129,21 @@ def interpreting():
     return bool(triton.knobs.runtime.interpret)
 
 
+def too_old(device_limits):
+    """Why a GPU's compute capability is not enough for Triton kernels, or None."""
+    capability = device_limits.capability
+    if capability < MIN_CAPABILITY:
+        return f"needs compute capability {MIN_CAPABILITY / 10}, the device has {capability / 10}"
+    return None
+
+
 def triton_rejection(device):
     """Why Triton kernels cannot run on tensors of this device, or None."""
     missing = triton_missing()
     if missing is not None:
         return missing
     if device.type == "cuda":
-        capability = limits(device).capability
-        if capability < MIN_CAPABILITY:
-            return f"needs compute capability {MIN_CAPABILITY / 10}, the device has {capability / 10}"
-        return None
+        return too_old(limits(device))
     if device.type == "cpu":
         return None if interpreting() else "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
     return f"Triton kernels run on CUDA tensors, got {device.type}"

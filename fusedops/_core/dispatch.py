@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 
 from fusedops._core import emulation, env
-from fusedops._core.device import triton_rejection
+from fusedops._core.device import described, too_old, triton_rejection
 
 _CPU_ORDER = ("torch", "reference")
 calls = defaultdict(int)  # by (operator, implementation); counted in place where every microsecond counts
@@ -115,12 +115,17 @@ class Selector:
             reason = emulation.rejection(args[0].device)
             if reason is not None:
                 return reason
-        if implementation in ("triton", "cuda") and limits is None:
-            reason = triton_rejection(args[0].device)
+        if implementation in ("triton", "cuda"):
+            reason = triton_rejection(args[0].device) if limits is None else too_old(limits)
             if reason is not None:
                 return reason
         supports = self._load(implementation)[1]
-        return None if supports is None else supports(*args)
+        if supports is None:
+            return None
+        if limits is None:
+            return supports(*args)
+        with described(limits):
+            return supports(*args)
 
     def entry(self, implementation):
         """The function of an implementation, and the key that counts its calls."""

@@ -112,7 +112,7 @@ def operator_call(function, *args, **kwargs):
 def _explanation(op, operator, args, limits):
     backend, rejected = operator.select(args, limits)
     config = source = None
-    describe = getattr(operator._selector.module(backend), "config", None)
+    describe = getattr(operator.module(backend), "config", None)
     device_limits = limits or limits_of(args[0].device)
     if describe is not None:
         config, source = str(describe(operator.name, device_limits, *args)), "default by arithmetic"

@@ -113,6 +113,14 @@ class Operator:
         """The implementation that would run, and the rejected ones with their reasons."""
         return self._selector.select(args, limits)
 
+    def launcher(self):
+        """The function that launches the operator's kernels."""
+        return self._selector.entry("triton")[0]
+
+    def module(self, implementation):
+        """The module of an implementation."""
+        return self._selector.module(implementation)
+
 
 def _watched():
     """Whether something wants to see every operator: tracing, modes, function transforms."""

@@ -1,13 +1,18 @@
-"""Read nvdisasm's listing of a kernel: its instructions, its loops, and where registers are spilled."""
+"""Read nvdisasm's listing of kernels: their instructions, their loops, and where registers are spilled.
 
+The listings are of raw machine code, several kernels one behind the other: nvdisasm takes ten times as long to start as
+to list a kernel. So jumps name addresses, not labels.
+"""
+
+import bisect
+import itertools
 import re
 from collections import Counter
 
 _INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
+    r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
 )
-_LABEL = re.compile(r"^(?P<label>\.L_\w+|[\w.$]+):\s*$")
-_TARGET_LABEL = re.compile(r"`\((?P<label>[^)]+)\)")
+_DESTINATION = re.compile(r"(?:^|[\s,])0x(?P<address>[0-9a-f]+)\s*$")
 _JUMPS = ("BRA", "JMP", "CALL")
 _ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")
 _SPILLS = ("STL", "LDL")
@@ -36,13 +41,23 @@ def matrix(instructions):
     return {opcode: count for opcode, count in instructions.items() if is_matrix(opcode)}
 
 
-def parse(text):
-    """Read a listing.
+def parse_all(text, sizes):
+    """Read a listing of kernels that lie one behind the other and have these many bytes.
 
     Returns:
-        What CubinReport has of it: the spills, ``spill_in_loop``, ``instructions`` and ``loops``.
+        For each what CubinReport has of it: the spills, ``spill_in_loop``, ``instructions`` and ``loops``.
     """
-    opcodes, successors = _flow(text)
+    ends = list(itertools.accumulate(sizes))
+    kernels = [[] for _ in sizes]
+    for line in text.splitlines():
+        found = _INSTRUCTION.match(line)
+        if found:
+            kernels[bisect.bisect_right(ends, int(found["address"], 16))].append(found)
+    return [_parsed(kernel) for kernel in kernels]
+
+
+def _parsed(instructions):
+    opcodes, successors = _flow(instructions)
     nest = _nest(range(len(opcodes)), successors) if opcodes else []
     cyclic = set().union(*(members for members, _ in nest))
     spills = [index for index, opcode in enumerate(opcodes) if base(opcode) in _SPILLS]
@@ -59,31 +74,21 @@ def _counted(opcodes):
     return dict(sorted(Counter(opcodes).items()))
 
 
-def _flow(text):
+def _flow(instructions):
     """The opcodes in order, and for each the indices of what may run next."""
-    opcodes, jumps, labels = [], {}, {}
-    follows = []  # whether control may go on to the next instruction
-    for line in text.splitlines():
-        label = _LABEL.match(line)
-        if label:
-            labels[label["label"]] = len(opcodes)
-            continue
-        found = _INSTRUCTION.match(line)
-        if not found:
-            continue
-        name = base(found["opcode"])
-        destination = _TARGET_LABEL.search(found["operands"])
+    places = {int(found["address"], 16): index for index, found in enumerate(instructions)}
+    successors = []
+    for index, found in enumerate(instructions):
+        name, operands = base(found["opcode"]), found["operands"]
+        destination = _DESTINATION.search(operands) if name in _JUMPS else None
         conditional = found["guard"] is not None
-        if name in _JUMPS and destination:
-            jumps[len(opcodes)] = destination["label"]
-            conditional |= name == "CALL" or "," in found["operands"]
-        follows.append(conditional or name not in (*_JUMPS, *_ENDS))
-        opcodes.append(found["opcode"])
-    successors = [[index + 1] if goes_on and index + 1 < len(opcodes) else [] for index, goes_on in enumerate(follows)]
-    for index, label in jumps.items():
-        if labels.get(label, len(opcodes)) < len(opcodes):
-            successors[index].append(labels[label])
-    return opcodes, successors
+        if destination:
+            conditional |= name == "CALL" or "," in operands
+        follows = conditional or name not in (*_JUMPS, *_ENDS)
+        after = [index + 1] if follows and index + 1 < len(instructions) else []
+        place = places.get(int(destination["address"], 16)) if destination else None
+        successors.append(after + ([place] if place is not None else []))
+    return [found["opcode"] for found in instructions], successors
 
 
 def _working(nest, opcodes):

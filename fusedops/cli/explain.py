@@ -12,7 +12,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def add_arguments(parser):
     """Declare the command's arguments."""
     parser.add_argument("op", help="public operator, such as rms_norm")
-    parser.add_argument("--shape", required=True, type=_shape, metavar="8192x4096", help="shape of the first argument")
+    parser.add_argument("--shape", required=True, type=shape, metavar="8192x4096", help="shape of the first argument")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     parser.add_argument(
         "--device", choices=("cpu", "cuda", "meta"), help="default: cuda where there is one; meta with --target"
@@ -21,7 +21,8 @@ def add_arguments(parser):
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _shape(text):
+def shape(text):
+    """Sizes from text, for argparse."""
     if not re.fullmatch(r"\d+(x\d+)*", text):
         raise argparse.ArgumentTypeError(f"must be sizes joined by x, as in 8192x4096, got {text!r}")
     return tuple(int(size) for size in text.split("x"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def listing(*lines):
-    """A listing in nvdisasm's form from instructions and labels."""
-    text, address = [".text._kernel:"], 0
-    for line in lines:
-        if line.endswith(":"):
-            text.append(line)
-        else:
-            text.append(f"        /*{address:04x}*/              {line} ;")
-            address += 16
-    return "\n".join(text)
+    """What is found in instructions; labels stand for the addresses behind them, as in nvdisasm's raw listings."""
+    code = [line for line in lines if not line.endswith(":")]
+    places = {line[:-1]: 16 * sum(not other.endswith(":") for other in lines[:i]) for i, line in enumerate(lines)}
+    text = "\n".join(f"        /*{16 * index:04x}*/              {line} ;" for index, line in enumerate(code))
+    text = re.sub(r"`\((\S+)\)", lambda found: f"0x{places[found[1]]:x}", text)
+    (parsed,) = sass.parse_all(text, [16 * len(code)])
+    return parsed
 
 
 @pytest.mark.parametrize(
@@ -42,15 +41,15 @@ def listing(*lines):
     ],
 )
 def test_spills_in_loops_are_told_from_others(lines, in_loop):
-    parsed = sass.parse(listing(*lines))
+    parsed = listing(*lines)
     assert parsed["spill_in_loop"] == in_loop
     assert parsed["spill_stores"] + parsed["spill_loads"] == sum("STL" in line or "LDL" in line for line in lines)
 
 
 def test_instructions_are_counted_with_their_modifiers():
-    parsed = sass.parse(
-        listing("@P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64]", "LDG.E.LTC128B R4, [R2.64]", "LDGSTS.E.128 [R1], [R2]",
-                "STG.E.U16 [R2.64], R4", "STG.E.EF.128 [R2.64], R4", "EXIT")
+    parsed = listing(
+        "@P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64]", "LDG.E.LTC128B R4, [R2.64]", "LDGSTS.E.128 [R1], [R2]",
+        "STG.E.U16 [R2.64], R4", "STG.E.EF.128 [R2.64], R4", "EXIT",
     )  # fmt: skip
     report = cubin.CubinReport("_kernel", "sm_80", 4, 32, 0, 0, **parsed)
     assert (report.wide_loads, report.wide_stores) == (2, 1)

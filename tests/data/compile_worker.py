@@ -8,40 +8,46 @@ import importlib
 import json
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 from fusedops._core import cubin
 from fusedops._core.device import TARGETS
 
-DISASSEMBLED = ("sm_80", "sm_90a")  # one target per generation of instructions that the gates name
 # Triton makes the same PTX for both from the same example, so only ptxas runs for the second (--same-ptx compares).
 ASSEMBLED_FROM = {"sm_89": "sm_80"}
 
 
 def compile_all(module, combinations):
-    """One row per example of each (target, dtype); two threads disassemble while this one compiles."""
-    rows, done = [], {}
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for target, dtype in combinations:
-            for example in module.examples(dtype, TARGETS[target]):
-                row = {
-                    "kernel": example.kernel.__name__,
-                    "dtype": dtype,
-                    "target": target,
-                    "constants": {name: str(value) for name, value in example.constants.items()},
-                    "wide_access": example.wide_access,
-                }
-                try:
-                    compiled = compile_one(example, target, dtype, done)
-                    listed = target in DISASSEMBLED and example.wide_access
-                    row["report"] = pool.submit(cubin.read, compiled, disassemble=listed)
-                except Exception as error:  # any failure of any compiler stage is a finding, not a crash
-                    row["error"] = f"{type(error).__name__}: {error}"
-                rows.append(row)
-        for row in rows:
-            if "report" in row:
-                row["report"] = row["report"].result().as_dict()
+    """One row per example of each (target, dtype)."""
+    rows, kernels, done = [], [], {}
+    for target, dtype in combinations:
+        for example in module.examples(dtype, TARGETS[target]):
+            row = {
+                "kernel": example.kernel.__name__,
+                "dtype": dtype,
+                "target": target,
+                "types": example.types,
+                "constants": {name: str(value) for name, value in example.constants.items()},
+                "num_warps": example.num_warps,
+                "num_stages": example.num_stages,
+                "wide_access": example.wide_access,
+            }
+            try:
+                kernels.append(kept(compile_one(example, target, dtype, done)))
+                row["report"] = len(kernels) - 1
+            except Exception as error:  # any failure of any compiler stage is a finding, not a crash
+                row["error"] = f"{type(error).__name__}: {error}"
+            rows.append(row)
+    reports = cubin.read_all(kernels)
+    for row in rows:
+        if "report" in row:
+            row["report"] = reports[row["report"]].as_dict()
     return rows
+
+
+def kept(compiled):
+    """What is read in the end, without the stages in between."""
+    return SimpleNamespace(asm={name: compiled.asm[name] for name in ("ptx", "cubin")}, metadata=compiled.metadata)
 
 
 def compile_one(example, target, dtype, done):

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from fusedops._core import env
 from fusedops._core.binding import Binding
+from fusedops._core.files import write_whole
 
 # What a launch needs to know of a compiled kernel.
 _METADATA = (
@@ -61,18 +59,9 @@ def _from_disk(key: str, binding: Binding) -> Compiled:
             found = Compiled(**json.loads(path.read_text()))
         except (OSError, ValueError):
             found = _compile_anywhere(binding)
-            _write(path, json.dumps({"ptx": found.ptx, "metadata": found.metadata}))
+            write_whole(path, json.dumps({"ptx": found.ptx, "metadata": found.metadata}))
         _known[key] = found
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(partial, path)
 
 
 def _compile_anywhere(binding: Binding) -> Compiled:

@@ -1,0 +1,278 @@
+"""What the kernels of a call are made of, for any GPU without having one.
+
+The call is made on tensors without memory. Its launches are recorded, not made; compiled for the target; and read.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedops._core import cubin, env, roofline, sass
+from fusedops._core.binding import bind
+from fusedops._core.device import TARGETS, described
+from fusedops._core.device import limits as limits_of
+from fusedops._core.diversion import diverted
+from fusedops._core.files import write_whole
+from fusedops._core.inspection_table import lines
+from fusedops._core.occupancy import Occupancy, occupancy
+from fusedops._core.register import operators
+
+ALIGNMENT = 16  # bytes; Triton compiles for pointers that are multiples of it, or not
+DEFAULT_TARGET = "sm_90a"  # where no GPU is at hand
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as a launcher asked for it."""
+
+    kernel: object
+    grid: object
+    arguments: tuple
+    keywords: dict
+
+
+@dataclass(frozen=True)
+class KernelInspection:
+    """One launch of a call, compiled.
+
+    Attributes:
+        kernel: The kernel's name.
+        grid: Programs in x, y and z.
+        report: What its machine code needs and contains.
+        occupancy: What a multiprocessor of the target holds of it.
+    """
+
+    kernel: str
+    grid: tuple
+    report: cubin.CubinReport
+    occupancy: Occupancy
+
+    @property
+    def programs(self):
+        """Programs of the launch."""
+        x, y, z = self.grid
+        return x * y * z
+
+    @property
+    def main_loop(self):
+        """The loop that does most, as in `sass.main_loop`."""
+        return sass.main_loop(self.report.loops)
+
+    def as_dict(self):
+        """The same as plain data, for JSON."""
+        return {
+            "kernel": self.kernel, "grid": list(self.grid), "report": self.report.as_dict(),
+            "main_loop": self.main_loop, "occupancy": self.occupancy.as_dict(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The kernels of a call on a device.
+
+    Attributes:
+        op: Operator.
+        device: The GPU's name.
+        arch: Its architecture with suffix, such as ``"sm_90a"``.
+        configs: The configuration of each operator that the call reaches, as text.
+        kernels: A KernelInspection for each launch, in order.
+        bytes: Bytes that the call must read and write at least; None where the operator does not say.
+        operations: Arithmetic operations of the call.
+        bound: roofline.Bound; None where bytes or the device's data sheet are not known.
+        bound_missing: Why there is no bound, or None.
+    """
+
+    op: str
+    device: str
+    arch: str
+    configs: tuple
+    kernels: tuple
+    bytes: int | None
+    operations: int | None
+    bound: roofline.Bound | None
+    bound_missing: str | None
+
+    @property
+    def main(self):
+        """The kernel that does most: of several the one that multiplies tiles most often, then loads most."""
+        return main_kernel(self.kernels)
+
+    def as_dict(self):
+        """The same as plain data, for JSON."""
+        plain = {name: value for name, value in asdict(self).items() if name not in ("kernels", "bound")}
+        return plain | {
+            "kernels": [kernel.as_dict() for kernel in self.kernels],
+            "bound": None if self.bound is None else self.bound.as_dict(),
+        }
+
+    def __str__(self):
+        return "\n".join(lines([self]))
+
+
+def inspect(op, /, *args, target=None, backward=False, **kwargs):
+    """Tell which kernels a call launches on a GPU and what they are made of. No GPU is needed, and nothing is run.
+
+    Each launch is compiled for the target and its machine code read: registers, stack, spills, shared memory,
+    instructions in all and in an iteration of the main loop, and how many programs a multiprocessor holds. What was
+    compiled once is kept under the cache directory, by a hash of the sources.
+
+    Args:
+        op: Name of a public operator, such as ``"rms_norm"``.
+        *args, **kwargs: The arguments of the call. Tensors on the ``meta`` device are enough.
+        target: A named GPU (``"sm_80"``, ``"sm_90a"``, ...). None: the GPU at hand, without one ``"sm_90a"``.
+        backward: Inspect what differentiating the call launches instead.
+
+    Returns:
+        Inspection; ``print`` it for a table.
+
+    Raises:
+        ValueError: `op` or `target` is not a known name, the operator refuses the arguments, or no kernel is launched.
+        NotImplementedError: `backward`, and the operator has no derivative.
+        RuntimeError: triton was imported with TRITON_INTERPRET=1, or cannot compile.
+    """
+    import fusedops
+
+    if op not in fusedops.OPERATORS:
+        raise ValueError(f"inspect: op must be one of {', '.join(fusedops.OPERATORS)}, got {op!r}")
+    device_limits = limits_named(target)
+    calls = operator_calls(getattr(fusedops, op), args, kwargs, backward)
+    kernels = [
+        _inspected(launch, device_limits)
+        for operator, arguments in calls
+        for launch in record(operator, arguments, device_limits)
+    ]
+    if not kernels:
+        raise ValueError(f"inspect: {op} must launch a kernel, the call launches none (is a tensor empty?)")
+    configs = tuple(config_of(operator, arguments, device_limits) for operator, arguments in calls)
+    silent = [operator.name for operator, _ in calls if operator.cost is None]
+    num_bytes = operations = bound = None
+    missing = f"{', '.join(silent)} does not say what it moves" if silent else roofline.rejection(device_limits)
+    if not silent:
+        costs = [operator.cost(*arguments) for operator, arguments in calls]
+        num_bytes, operations = (sum(column) for column in zip(*costs))
+    if missing is None:
+        main = main_kernel(kernels)
+        bound = roofline.bound(device_limits, num_bytes, operations, main.report, main.programs, main.occupancy)
+    return Inspection(
+        op, device_limits.name, device_limits.arch, configs, tuple(kernels), num_bytes, operations, bound, missing
+    )
+
+
+def limits_named(target):
+    """The limits of a named target, of the GPU at hand, or of DEFAULT_TARGET."""
+    if target is None:
+        return limits_of(torch.device("cuda")) if torch.cuda.is_available() else TARGETS[DEFAULT_TARGET]
+    if target not in TARGETS:
+        raise ValueError(f"inspect: target must be one of {', '.join(TARGETS)}, got {target!r}")
+    return TARGETS[target]
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operator of ours; on tensors without memory the fake implementations give the results."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fusedops":
+            self.calls.append((func._opname, args))
+        return func(*args, **(kwargs or {}))
+
+
+def operator_calls(function, args, kwargs, backward=False):
+    """(Operator, arguments) of every operator that a public call reaches, or that its derivative does."""
+    args = tuple(_without_memory(arg, backward) for arg in args)
+    kwargs = {name: _without_memory(arg, backward) for name, arg in kwargs.items()}
+    with torch.set_grad_enabled(backward), _Recorder() as recorder:
+        outputs = function(*args, **kwargs)
+        if backward:
+            recorder.calls.clear()
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            differentiable = [out for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
+            if not differentiable:
+                raise NotImplementedError(f"{function.__name__}: the result has no derivative")
+            torch.autograd.backward(differentiable, [torch.empty_like(out) for out in differentiable])
+    registry = operators()
+    return [(registry.get(name) or registry[name.removesuffix("_out")], found) for name, found in recorder.calls]
+
+
+def _without_memory(arg, differentiate):
+    """A tensor like this one on the meta device: shape, strides, dtype, and whether its address is aligned."""
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    if arg.device.type != "meta":
+        offset = arg.data_ptr() % ALIGNMENT // arg.element_size()
+        reach = sum((size - 1) * stride for size, stride in zip(arg.shape, arg.stride()) if size)
+        room = torch.empty(offset + reach + 1, dtype=arg.dtype, device="meta")
+        arg = room.as_strided(arg.shape, arg.stride(), offset)
+    return arg.detach().requires_grad_(differentiate and arg.is_floating_point() and arg.element_size() > 1)
+
+
+def record(operator, args, device_limits):
+    """The launches that an operator makes on a device.
+
+    Raises:
+        ValueError: another implementation than the kernels runs there; the message has the reasons.
+    """
+    implementation, rejected = operator.select(args, device_limits)
+    if implementation not in ("triton", "emulate"):
+        reasons = "; ".join(f"{name}: {why}" for name, why in rejected) or f"FUSEDOPS_BACKEND={env.backend()}"
+        raise ValueError(
+            f"inspect: {operator.name} must run on its kernels, on {device_limits.name} it runs on {implementation} "
+            f"({reasons})"
+        )
+    launches = []
+
+    def note(kernel, grid, arguments, keywords):
+        launches.append(Launch(kernel, grid, arguments, keywords))
+
+    function = operator.launcher()
+    with torch.no_grad(), described(device_limits), diverted(note):
+        function(*args)
+    return launches
+
+
+def config_of(operator, args, device_limits):
+    """An operator's name and the configuration of a call as text."""
+    describe = getattr(operator.module("triton"), "config", None)
+    if describe is None or operator.example is None:  # of a derivative the launcher alone knows it
+        return operator.name
+    return f"{operator.name} {describe(operator.name, device_limits, *args)}"
+
+
+def _inspected(launch, device_limits):
+    binding = bind(launch.kernel, device_limits.arch, launch.arguments, launch.keywords)
+    grid = launch.grid(binding.values) if callable(launch.grid) else launch.grid
+    found = report_of(binding)
+    held = occupancy(device_limits.capability, found.num_warps, found.registers, found.shared_bytes)
+    return KernelInspection(binding.name, (*grid, 1, 1)[:3], found, held)
+
+
+def main_kernel(kernels):
+    """Of launches the one that multiplies tiles most often, then has most programs; of equals the first."""
+    return max(kernels, key=lambda kernel: (sum(sass.matrix(kernel.report.instructions).values()), kernel.programs))
+
+
+def report_of(binding):
+    """The CubinReport of a bound kernel, from the cache directory where nothing has changed that it follows from."""
+    path = env.cache_dir() / "inspect" / f"{binding.key()}-{_readers()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # whatever cannot be read is made again
+        return cubin.CubinReport.from_dict(json.loads(path.read_text()))
+    found = cubin.read(cubin.compile_bound(binding))
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs the next process a compilation
+        write_whole(path, json.dumps(found.as_dict()))
+    return found
+
+
+@functools.cache
+def _readers():
+    """A hash of the code that makes a report of machine code."""
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (cubin, sass))
+    return hashlib.sha256(sources).hexdigest()[:16]
