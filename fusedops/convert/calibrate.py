@@ -1,12 +1,13 @@
 """Running a model on calibration batches: what reaches each linear, how large, and whose output it is."""
 
 import contextlib
-import inspect
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+
+from fusedops._core.modules import without_cache
 
 
 @dataclass
@@ -48,20 +49,6 @@ def checked_batches(op, calibration):
 
 
 @contextlib.contextmanager
-def evaluating(model):
-    """No gradients, every module in evaluation mode, and modes and random numbers as they were afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
 def hooked(pairs):
     """Hooks for a while.
 
@@ -77,9 +64,7 @@ def hooked(pairs):
 def run(model, batch):
     """Call a model with one batch, on the model's device, without a cache."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    extra = {}
-    if "use_cache" in inspect.signature(type(model).forward).parameters:
-        extra["use_cache"] = False
+    extra = without_cache(model)
     if isinstance(batch, Mapping):
         return model(**{**extra, **{name: _moved(value, device) for name, value in batch.items()}})
     args = [batch] if isinstance(batch, torch.Tensor) else batch
@@ -108,14 +93,6 @@ def observe(model, targets, watched, batches, step):
             run(model, batch)
             step()
     return found
-
-
-def output_tensors(out):
-    """The floating tensors of a model's output, in order, whatever holds them."""
-    if isinstance(out, torch.Tensor):
-        return [out] if out.is_floating_point() else []
-    values = out.values() if isinstance(out, Mapping) else out if isinstance(out, list | tuple) else ()
-    return [tensor for value in values for tensor in output_tensors(value)]
 
 
 def _moved(value, device):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fusedops._core.modules import foreign_attribute
 from fusedops.nn import QuantizedLinear
 
 
@@ -145,7 +146,7 @@ def check_in_place(op, swaps):
     for swap in swaps:
         if not swap.is_in_place():
             raise RuntimeError(f"{op}: {swap.path} was replaced after it was quantised; undo that first")
-        if "forward" in vars(swap.new):
+        if foreign_attribute(swap.new) is not None:
             raise RuntimeError(f"{op}: {swap.path} was patched after it was quantised; undo that first")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from fusedops._core.modules import foreign_attribute
 from fusedops.convert.report import Row
 from fusedops.nn import QuantizedLinear
 
@@ -100,7 +101,7 @@ def obstacle(linear, scheme):
     hooks = sum(len(getattr(linear, name) or ()) for name in _HOOKS)
     if hooks:
         return f"{hooks} {'hook is' if hooks == 1 else 'hooks are'} on it"
-    if "forward" in vars(linear):
+    if foreign_attribute(linear) is not None:
         return "its forward was replaced"
     for name in ("weight", "bias"):
         tensor = linear._parameters.get(name)

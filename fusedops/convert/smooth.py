@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedops.convert.calibrate import evaluating, hooked, observe, output_tensors, run
+from fusedops._core.modules import evaluating, float_tensors
+from fusedops.convert.calibrate import hooked, observe, run
 from fusedops.convert.channels import find_products
 from fusedops.convert.norms import Norm, find_norms
 from fusedops.convert.report import Smoothing
@@ -166,14 +167,14 @@ def _without_effect(model, folds, batch):
     """
     if not folds:
         return []
-    before, again = (output_tensors(run(model, batch)) for _ in range(2))
+    before, again = (float_tensors(run(model, batch)) for _ in range(2))
     if not before:
         raise ValueError("calibration: the model must return floating tensors, by which the folding is checked")
     limits = [max(TOLERANCE * torch.finfo(out.dtype).eps, 2 * _distance(b, out)) for b, out in zip(again, before)]
 
     def agrees(some):
         with hooked([pair for fold in some for pair in _moving(fold)]):
-            after = output_tensors(run(model, batch))
+            after = float_tensors(run(model, batch))
         return len(after) == len(before) and all(
             out.shape == truth.shape and _distance(out, truth) <= limit
             for out, truth, limit in zip(after, before, limits)

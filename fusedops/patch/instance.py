@@ -12,6 +12,7 @@ from types import MethodType
 import torch
 
 from fusedops._core.dispatch import apply_fallback_policy
+from fusedops._core.modules import foreign_attribute
 
 ATTRIBUTE = "_fusedops"
 ATTENTION_ATTRIBUTE = "_fusedops_attention"  # an attention can be replaced and its rotary function too
@@ -137,12 +138,8 @@ def place_of(module):
 def foreign_forward(module):
     """(slot to use, who else set it): the second is None where nobody did.
 
-    accelerate's hook is no obstacle, we go underneath it; nor is the class's own forward, bound, which the hook leaves
-    behind when it is removed.
+    accelerate's hook is no obstacle, we go underneath it.
     """
     attributes = module.__dict__
     slot = HOOKED_SLOT if "_hf_hook" in attributes and HOOKED_SLOT in attributes else "forward"
-    value = attributes.get(slot)
-    if getattr(value, "__func__", None) is type(module).forward and getattr(value, "__self__", None) is module:
-        return slot, None
-    return slot, value
+    return slot, foreign_attribute(module, slot)

@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from fusedops._core.modules import evaluating, float_tensors, without_cache
 from fusedops.patch.attention import watched
 from fusedops.patch.gates import GATE_METHOD
 from fusedops.patch.instance import state_of
@@ -63,17 +63,9 @@ def probe_inputs(model, given):
 
 def run(model, inputs):
     """Output tensors of a model in evaluation mode, without gradients or a cache; nothing of the model is changed."""
-    parameters = inspect.signature(type(model).forward).parameters
-    extra = {"use_cache": False} if "use_cache" in parameters and "use_cache" not in inputs else {}
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return [_visible(tensor, inputs.get("attention_mask")) for tensor in _tensors(model(**inputs, **extra))]
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    arguments = {**without_cache(model), **inputs}
+    with evaluating(model):
+        return [_visible(tensor, inputs.get("attention_mask")) for tensor in float_tensors(model(**arguments))]
 
 
 def _visible(tensor, mask):
@@ -169,7 +161,7 @@ def _hook(path, kind, found):
                 return
             with _without_gate(module, state):
                 expected = type(module).forward(module, *args, **kwargs)
-            _compare(path, kind, _tensors(out), _tensors(expected), None, found)
+            _compare(path, kind, float_tensors(out), float_tensors(expected), None, found)
         finally:
             busy = False
 
@@ -203,7 +195,7 @@ def _recording(path, rotate, found):
 
     def compare(*args, **kwargs):
         expected = rotate.stock(*args, **kwargs)
-        _compare(path, "rotary", _tensors(rotate(*args, **kwargs)), _tensors(expected), None, found)
+        _compare(path, "rotary", float_tensors(rotate(*args, **kwargs)), float_tensors(expected), None, found)
         return expected
 
     return compare
@@ -220,14 +212,6 @@ def _without_gate(module, state):
         yield
     finally:
         module.__dict__[GATE_METHOD] = ours
-
-
-def _tensors(out):
-    """The floating tensors of an output, in order, whatever holds them."""
-    if isinstance(out, torch.Tensor):
-        return [out] if out.is_floating_point() else []
-    values = out.values() if isinstance(out, Mapping) else out if isinstance(out, list | tuple) else ()
-    return [tensor for value in values for tensor in _tensors(value)]
 
 
 def _compare(path, kind, outs, expected, limit, found):
