@@ -21,10 +21,12 @@ from fusedops.patch.handle import PatchedModel, patched_modules, restore_all
 from fusedops.patch.instance import all_states
 from fusedops.patch.paged_cache import PagedCache
 from fusedops.patch.plan import Plan
+from fusedops.patch.quantizer import FusedOpsConfig
+from fusedops.patch.quantizer_register import register_with_transformers
 from fusedops.patch.report import KINDS, Report, Row
 from fusedops.patch.server import serving
 
-__all__ = ["PagedCache", "PatchedModel", "Report", "Row", "patch", "patched", "serving", "unpatch"]
+__all__ = ["FusedOpsConfig", "PagedCache", "PatchedModel", "Report", "Row", "patch", "patched", "serving", "unpatch"]
 
 
 def patch(
@@ -182,3 +184,4 @@ class _CallablePackage(ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallablePackage
+register_with_transformers()
