@@ -13,6 +13,7 @@ from fusedops.ops.quantize_int4 import GROUPS, quantize_int4
 from fusedops.ops.weight_only_matmul import weight_only_matmul
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}  # by the names of formats
+ALIGNMENT = 64  # bytes: what a CPU's product with int8 weights wants
 _weight_only_matmul = operators()["weight_only_matmul"]
 
 
@@ -84,6 +85,13 @@ class WeightOnlyLinear(QuantizedLinear):
             values, _ = quantize(rows, scale=scale)
         values = values.reshape(1, N, -1)[..., :K].contiguous()
         return {"weight": values, "weight_scale": scale.to(weight.dtype)}
+
+    def register_parameter(self, name, param):
+        """As in ``torch.nn.Module``; int8 codes that lie where a file has them are copied to where they are fast."""
+        if name == "weight" and param is not None and param.is_cpu and type(param.data) is torch.Tensor:
+            if param.dtype == torch.int8 and param.data_ptr() % ALIGNMENT:
+                param = torch.nn.Parameter(param.detach().clone(), requires_grad=False)
+        super().register_parameter(name, param)
 
     @classmethod
     def compute(cls, x, parameters):

@@ -1,5 +1,7 @@
 """Int8Linear, Fp8Linear and WeightOnlyLinear: results, gradients, and input that does not fit."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from tests.nn.quantized_problems import (
     FORMATS,
     FP8,
     ONE_OF_EACH,
+    assert_same,
     budget_of,
     linear,
     plain_weight,
@@ -244,6 +247,27 @@ def test_only_what_is_wanted_is_differentiated(name):
     once = torch.autograd.grad(layer(leaf).square().sum(), leaf, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         once.sum().backward()
+
+
+@ONE_OF_EACH
+def test_an_adapter_trains_beside(name):
+    """LoRA before a quantised layer, by an optimizer that is given every parameter."""
+    torch.manual_seed(0)
+    base = [quantized(name, 32, 32, seed=seed).requires_grad_(False) for seed in (1, 2)]
+    adapter = torch.nn.Sequential(torch.nn.Linear(32, 8, bias=False), torch.nn.Linear(8, 32, bias=False))
+    model = torch.nn.ModuleList([*base, adapter])
+    before = copy.deepcopy(base[1].state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, wanted = (make_tensor((64, 32), torch.float32, seed=seed) for seed in (3, 4))
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (base[1](base[0](x) + adapter(x)) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert_same(base[1].state_dict(), before)
 
 
 def test_a_quantised_input_has_no_gradient():

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedops import counters, reset_counters
 from fusedops.nn import Fp8Linear, Int8Linear, WeightOnlyLinear
@@ -76,6 +77,22 @@ def test_meta_device(name):
                                                                             made.get_parameter(key).dtype)  # fmt: skip
     out = layer(torch.empty(2, 3, 70, device="meta", dtype=torch.bfloat16))
     assert out.shape == (2, 3, 30) and out.dtype == torch.bfloat16
+
+
+def test_codes_of_a_file_are_moved_to_where_they_are_fast():
+    """safetensors gives tensors at any address; torch's product with int8 weights wants cache lines."""
+    state = quantized("weight int8", 24, 64, torch.bfloat16).state_dict()
+    aligned = torch.nn.Parameter(state["weight"], requires_grad=False)
+    buffer = torch.empty(24 * 64 + 1, dtype=torch.int8)
+    buffer[1:].view(1, 24, 64).copy_(state["weight"])
+    layer = WeightOnlyLinear(64, 24, device="meta", dtype=torch.bfloat16)
+    layer.load_state_dict({**state, "weight": buffer[1:].view(1, 24, 64)}, assign=True)
+    assert layer.weight.data_ptr() % 64 == 0 and not layer.weight.requires_grad
+    assert_same(layer.state_dict(), state)
+    layer.weight = aligned
+    assert layer.weight is aligned
+    with FakeTensorMode():
+        assert WeightOnlyLinear(64, 24)(torch.ones(2, 64)).shape == (2, 24)
 
 
 REFUSED = {
@@ -159,6 +176,7 @@ def test_an_input_of_another_dtype_than_the_layers(name, dtype):
         layer, x = quantized(name, 40, 70, stored), make_tensor((3, 70), dtype, seed=1)
         with torch.no_grad():
             out = layer(x)
+        assert torch.equal(layer.requires_grad_(False)(x), out), "the way that checks takes it too"
         truth = truth_of(layer, x)
         assert out.dtype == dtype
         assert_accurate(out, truth, budget=budget_of(layer, x, truth), zeros=False)
