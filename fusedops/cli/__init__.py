@@ -4,11 +4,18 @@ import argparse
 import os
 import sys
 
-from fusedops.cli import bench, bench_model, demo, doctor, explain, inspect
+from fusedops.cli import bench, bench_accuracy, bench_model, demo, doctor, explain, inspect
 from fusedops.cli.console import CommandError
 
-COMMANDS = {"demo": demo, "bench": bench, "bench model": bench_model, "explain": explain, "inspect": inspect,
-            "doctor": doctor}
+COMMANDS = {
+    "demo": demo,
+    "bench": bench,
+    "bench model": bench_model,
+    "bench accuracy": bench_accuracy,
+    "explain": explain,
+    "inspect": inspect,
+    "doctor": doctor,
+}
 BAD_INPUT = 2
 INTERRUPTED = 130
 

@@ -1,7 +1,7 @@
 """Time an operator against torch's own ways on this machine, or compare two earlier results.
 
 Timing needs a source checkout. ``bench compare A.json B.json`` tells what moved from A to B beyond noise. ``bench
-model`` is a command of its own, `fusedops.cli.bench_model`.
+model`` and ``bench accuracy`` are commands of their own, `fusedops.cli.bench_model` and `fusedops.cli.bench_accuracy`.
 """
 
 import json
@@ -19,7 +19,7 @@ NOISE = 0.03  # of the time: what clocks and neighbours move it by from run to r
 
 def add_arguments(parser):
     """Declare the command's arguments."""
-    parser.add_argument("op", help="benchmark to run, or all, or compare, or model (see fusedops bench model --help)")
+    parser.add_argument("op", help="benchmark to run, or all, or compare; model, accuracy: see their --help")
     parser.add_argument("files", nargs="*", metavar="FILE", help="with compare: rows before and after, from --json")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds, to see that it runs")
@@ -30,8 +30,8 @@ def run(args):
     """Run the benchmarks one after the other, or compare two files; 1 where one failed, or became slower."""
     if args.op == "compare":
         return compare_files(args.files)
-    if args.op == "model":
-        raise CommandError("model must come right after bench, and its options after it")
+    if args.op in ("model", "accuracy"):
+        raise CommandError(f"{args.op} must come right after bench, and its options after it")
     if args.files:
         raise CommandError(f"{args.op} must stand alone; files are for compare, got {' '.join(args.files)}")
     scripts = available()

@@ -1,6 +1,9 @@
-"""Watch a real language model answer through the fused operators, and compare its speed without them."""
+"""Watch a real language model answer through the fused operators, and compare its speed without them.
 
-from fusedops.cli import models, setting
+With ``--quantize`` the model that answers is quantised too, and its speed stands beside that of the others.
+"""
+
+from fusedops.cli import models, quantized, setting
 from fusedops.cli.console import Console, check_output, write_json
 
 PROMPT = "What is the capital of France?"
@@ -29,6 +32,11 @@ def add_arguments(parser):
         "--rounds", type=setting.positive, default=6, metavar="N", help="timed rounds, unpatched and patched in each"
     )
     parser.add_argument(
+        "--quantize",
+        choices=quantized.SCHEMES,
+        help="quantise the linear layers too; --dtype auto is then bfloat16, with the float32 model as a comparison",
+    )
+    parser.add_argument(
         "--no-compare", action="store_true", help="only the answer, without the unpatched model and the timing"
     )
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured to a file")
@@ -36,78 +44,93 @@ def add_arguments(parser):
 
 def run(args):
     """Run the command; 1 where the greedy tokens of the patched model differ in float32."""
+    import torch
+
     console = Console()
     load = setting.load()
     models.require_transformers()
-    device, dtype = setting.place(args)
+    device, dtype = setting.place(args, cpu_dtype="bfloat16" if args.quantize else "float32")
     check_output(args.json)
     loaded = models.load(args.model, device, dtype, console)
     inputs = models.encode(loaded, args.prompt)
     environment = setting.environment(device, dtype, load)
     setting.describe(environment, console)
-    patched, handle = setting.patched_twin(loaded.model, console)
+    shown = {"unpatched": loaded.model}
+    shown["patched"], handle = setting.patched_twin(loaded.model, console)
+    handles = [handle]
     result = {"model": loaded.name, "prompt": args.prompt, **environment}
     result["replaced"] = dict(handle.report.counts)
-    result["answer"], answer_tokens = _answer(loaded, patched, inputs, args, console)
+    if args.quantize:
+        shown["quantized"], handle, result["quantized"] = quantized.twin(loaded.model, args.quantize, console)
+        handles.append(handle)
+    result["answer"], answer_tokens = _answer(loaded, list(shown.values())[-1], inputs, args, console)
     status = 0
     if not args.no_compare:
-        runs = _compare(loaded, patched, inputs, args, answer_tokens, console)
-        result.update(runs)
+        if args.quantize and loaded.model.dtype != torch.float32:
+            shown = {"float32": models.load(args.model, device, torch.float32, console).model, **shown}
+        result.update(_compare(loaded, shown, inputs, args, answer_tokens, console))
+        if args.quantize:
+            quantized.compare(result, console)
         status = int(result["dtype"] == "float32" and not result["tokens"]["equal"])
-    _print_implementations(result, handle, console)
+    _print_implementations(result, handles, console)
     if args.json:
         write_json(args.json, result)
     return status
 
 
-def _answer(loaded, patched, inputs, args, console):
-    """Stream the patched model's answer; return its text and tokens."""
+def _answer(loaded, model, inputs, args, console):
+    """Stream a model's answer; return its text and tokens."""
     from transformers import TextStreamer
 
     from fusedops.cli import measure
 
     console.line(f"\n> {args.prompt}\n")
     show = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answer = measure.generate(patched, inputs, args.max_new_tokens, show=show)
+    answer = measure.generate(model, inputs, args.max_new_tokens, show=show)
     console.line()
     return loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True), answer.tokens
 
 
-def _compare(loaded, patched, inputs, args, answer_tokens, console):
-    """Time both models, print the table and return its numbers."""
+def _compare(loaded, shown, inputs, args, answer_tokens, console):
+    """Time all models, print the table and return its numbers; the last model gave the answer."""
     from fusedops.cli import measure
 
-    answer = measure.generate(loaded.model, inputs, args.max_new_tokens)
-    both = {"unpatched": loaded.model, "patched": patched}
-    what = f"Timing {args.rounds} rounds of {args.max_new_tokens} tokens, unpatched and patched in turn"
+    *others, last = shown
+    compared = [name for name in others if name != "float32"]
+    answers = {name: measure.generate(shown[name], inputs, args.max_new_tokens).tokens for name in compared}
+    answers[last] = answer_tokens
+    what = f"Timing {args.rounds} rounds of {args.max_new_tokens} tokens, {', '.join(others)} and {last} in turn"
     with console.step(what) as show:
         runs = measure.alternate(
-            both, inputs, args.max_new_tokens, args.rounds, lambda done: show(f"{done} of {args.rounds} done")
+            shown, inputs, args.max_new_tokens, args.rounds, lambda done: show(f"{done} of {args.rounds} done")
         )
     summary = {name: measure.summarise(of_name) for name, of_name in runs.items()}
-    ratio = measure.ratios(runs["unpatched"], runs["patched"])
+    ratio = {name: measure.ratios(runs[name], runs[last]) for name in others}
     memory = measure.PeakMemory(loaded.model.device).describe()
     _print_table(loaded, summary, ratio, memory, inputs, console)
-    tokens = _agreement(answer.tokens, answer_tokens, runs)
+    both = {name: runs[name] for name in ("unpatched", "patched")}
+    tokens = _agreement(answers["unpatched"], answers["patched"], both)
     console.line(tokens["text"])
     timed = {name: [[run.first, *run.intervals] for run in of_name] for name, of_name in runs.items()}
-    return {"summary": summary, "ratio": ratio, "tokens": tokens, "peak_memory_is": memory, "seconds_per_token": timed}
+    return {
+        "summary": summary, "ratio": measure.ratios(*both.values()), "tokens": tokens, "peak_memory_is": memory,
+        "seconds_per_token": timed, "times_as_fast_as": ratio, "answers": answers,
+    }  # fmt: skip
 
 
 def _print_table(loaded, summary, ratio, memory, inputs, console):
-    """Print both models side by side; above 1 in the last column, the patched one is faster."""
+    """Print the models side by side; where a ratio is above 1, the last one is faster than that other."""
     rows = []
     for key, label, factor, digits in ROWS:
-        values = [summary[name][key] for name in ("unpatched", "patched")]
+        values = [one[key] for one in summary.values()]
         cells = ["-" if value is None else f"{value * factor:.{digits}f}" for value in values]
-        rows.append([label, *cells, "" if ratio.get(key) is None else f"{ratio[key]:.2f}"])
-    rows.append(
-        [f"{memory}, MiB", *(f"{summary[name]['peak_bytes'] / MIB:.0f}" for name in ("unpatched", "patched")), ""]
-    )
+        rows.append([label, *cells, *("" if one.get(key) is None else f"{one[key]:.2f}" for one in ratio.values())])
+    rows.append([f"{memory}, MiB", *(f"{one['peak_bytes'] / MIB:.0f}" for one in summary.values()), *[""] * len(ratio)])
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     title = f"{loaded.name}, {dtype}, {loaded.model.device.type}, prompt of {inputs['input_ids'].shape[-1]} tokens"
+    compared = ["times as fast"] if len(ratio) == 1 else [f"times as fast as {name}" for name in ratio]
     console.line()
-    console.table(title, ("", "unpatched", "patched", "times as fast"), rows)
+    console.table(title, ("", *summary, *compared), rows)
 
 
 def _agreement(unpatched_answer, patched_answer, runs):
@@ -128,7 +151,7 @@ def _agreement(unpatched_answer, patched_answer, runs):
     return {"equal": not texts, "text": f"Greedy tokens: {text}."}
 
 
-def _print_implementations(result, handle, console):
+def _print_implementations(result, handles, console):
     """Print which implementation ran each operator, and every call that did not reach a fused one."""
     from fusedops._core import dispatch
 
@@ -137,7 +160,7 @@ def _print_implementations(result, handle, console):
         console.line()
         console.table("What ran", ("operator", "implementation", "calls"), rows)
     left = [[operator, reason, count] for (operator, reason), count in dispatch.fallbacks().items()]
-    left += [[path, reason, count] for (path, reason), count in handle.fallbacks().items()]
+    left += [[path, reason, count] for one in handles for (path, reason), count in one.fallbacks().items()]
     for where, reason, count in left:
         console.line(f"{where} left the fused path {count} times: {reason}")
     result["calls"] = rows

@@ -34,15 +34,15 @@ def add_arguments(parser):
     )
 
 
-def place(args):
-    """The torch device and dtype that the arguments ask for."""
+def place(args, cpu_dtype="float32"):
+    """The torch device and dtype that the arguments ask for; `cpu_dtype` is what auto means on a CPU."""
     import torch
 
     available = torch.cuda.is_available()
     if args.device == "cuda" and not available:
         raise CommandError("--device cuda needs a CUDA device, and torch finds none")
     device = torch.device(args.device or ("cuda" if available else "cpu"))
-    name = {"cpu": "float32", "cuda": "bfloat16"}[device.type] if args.dtype == "auto" else args.dtype
+    name = {"cpu": cpu_dtype, "cuda": "bfloat16"}[device.type] if args.dtype == "auto" else args.dtype
     return device, getattr(torch, name)
 
 
@@ -100,15 +100,21 @@ def describe(told, console):
 
 def patched_twin(model, console):
     """A patched model that shares the weights of `model`, which stays as it is, and the patch's handle."""
-    import fusedops
     from fusedops.cli import measure
 
     patched = measure.twin(model)
+    return patched, patch(patched, console)
+
+
+def patch(model, console):
+    """Patch a model, and return the patch's handle."""
+    import fusedops
+
     try:
         with console.step("Patching"):
-            handle = fusedops.patch(patched)
+            handle = fusedops.patch(model)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise CommandError(f"this model cannot be patched: {first_line(error)}") from error
     console.line(str(handle.report))
     fusedops.reset_counters()
-    return patched, handle
+    return handle

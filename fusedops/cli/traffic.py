@@ -4,6 +4,7 @@ import argparse
 import random
 from dataclasses import dataclass
 
+from fusedops.cli import corpus
 from fusedops.cli.console import CommandError
 
 WARM_UP_REQUESTS = 2
@@ -75,7 +76,5 @@ def warm_up(requests):
 
 
 def text_tokens(tokenizer):
-    """Token ids of the text that every Python carries: the reference of its language, some 460,000 characters."""
-    from pydoc_data.topics import topics
-
-    return tokenizer("\n".join(topics.values()), add_special_tokens=False)["input_ids"]
+    """Token ids of the text that prompts are cut from."""
+    return corpus.tokens(tokenizer, corpus.of_python())

@@ -62,6 +62,7 @@ def test_module_runs_without_heavy_imports():
         ("demo", "--rounds", "0"),
         ("demo", "--max-new-tokens", "many"),
         ("demo", "--dtype", "int8"),
+        ("demo", "--quantize", "int3"),
         ("demo", "--model", "/no/such/directory"),
         ("demo", "--model", "a/b/c"),
         ("demo", "--json", "/no/such/directory/file.json"),
@@ -241,6 +242,49 @@ def test_demo_without_comparison(capsys, tiny_model_directory):
     options = ("--device", "cpu", "--prompt", "word3", "--max-new-tokens", 1, "--no-compare")
     status, out, _ = run(capsys, "demo", "--model", tiny_model_directory, *options)
     assert status == 0 and "times as fast" not in out and "What ran" in out
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_demo_of_a_quantised_model(capsys, tiny_model_directory, tmp_path, dtype):
+    """It answers, and stands beside the others, which are told as without it; auto adds the float32 model."""
+    report = tmp_path / "demo.json"
+    options = ("--device", "cpu", "--dtype", dtype, "--prompt", "word3 word5", "--max-new-tokens", 5, "--rounds", 2)
+    line = ("demo", "--model", tiny_model_directory, *options, "--quantize", "int8-weight-only", "--json", report)
+    status, out, err = run(capsys, *line)
+    assert status == 0, out + err
+    told = json.loads(report.read_text())
+    others = ["unpatched", "patched"] if dtype == "float32" else ["float32", "unpatched", "patched"]
+    assert list(told["summary"]) == list(told["seconds_per_token"]) == [*others, "quantized"]
+    assert told["dtype"] == ("float32" if dtype == "float32" else "bfloat16")
+    assert list(told["times_as_fast_as"]) == others
+    seconds = told["seconds_per_token"]
+    for ratios, name in ((told["ratio"], "patched"), (told["times_as_fast_as"]["unpatched"], "quantized")):
+        of_rounds = [before[0] / after[0] for before, after in zip(seconds["unpatched"], seconds[name])]
+        assert ratios["first_token"] == pytest.approx(sum(of_rounds) / 2)
+    count, channels = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96), 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
+    held = count + channels * (4 if dtype == "float32" else 2)
+    assert told["quantized"]["scheme"] == "int8-weight-only" and told["quantized"]["layers"] == 14
+    assert told["quantized"]["weight_bytes"] == held
+    assert told["quantized"]["times_bfloat16"] == pytest.approx(held / (2 * count))
+    wanted, found = told["answers"]["unpatched"], told["answers"]["quantized"]
+    equal = next((i for i, pair in enumerate(zip(wanted, found)) if pair[0] != pair[1]), len(found))
+    assert told["quantized"]["equal_leading_tokens"] == equal
+    assert f"the first {equal} of {len(found)} are the unpatched" in out and "judged by its perplexity" in out
+    assert all(f"times as fast as {name}" in out for name in others)
+    assert any(op == "weight_only_matmul" for op, _, _ in told["calls"])
+
+
+def test_demo_of_a_quantised_model_alone(capsys, tiny_model_directory, monkeypatch):
+    options = ("--device", "cpu", "--prompt", "word3", "--max-new-tokens", 1, "--no-compare", "--quantize", "fp8")
+    status, out, _ = run(capsys, "demo", "--model", tiny_model_directory, *options)
+    assert status == 0 and "times as fast" not in out and "fp8_matmul" in out
+
+    def refuses(*args, **kwargs):
+        raise ValueError("quantize_: there is nothing to replace")
+
+    monkeypatch.setattr(fusedops, "quantize_", refuses)
+    status, _, err = run(capsys, "demo", "--model", tiny_model_directory, *options)
+    assert status == 2 and "this model cannot be quantised: quantize_: there is nothing to replace" in err
 
 
 def test_table_is_aligned():
