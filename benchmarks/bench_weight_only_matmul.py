@@ -5,8 +5,10 @@ import itertools
 import torch
 import torch.nn.functional as F
 from _common import Case, main, peer
+from torch.nn import Parameter
 
 from fusedops import weight_only_matmul
+from fusedops.nn import WeightOnlyLinear
 from fusedops.ops.weight_only_matmul.reference import dequantized
 
 ROWS = {"cuda": (1, 16, 64, 4096), "cpu": (1, 8, 64)}
@@ -96,8 +98,32 @@ def case(kind, rows, sizes, device, dtype):
     return Case("weight_only_matmul", name, dtype, make, candidates, {}, goal=goal)
 
 
+def module_case(sizes, device, dtype):
+    """One row through the modules: what a call of `WeightOnlyLinear` takes beside one of `torch.nn.Linear`."""
+    N, K = sizes
+    others = Peers("int8", device, dtype)
+
+    def make(seed):
+        values, scale = stored("int8", N, K, device, dtype)
+        layer = WeightOnlyLinear(K, N, bias=False, device="meta", dtype=dtype)
+        layer.weight, layer.weight_scale = (Parameter(t, requires_grad=False) for t in (values[None], scale))
+        plain = torch.nn.Linear(K, N, bias=False, device="meta", dtype=dtype)
+        plain.weight = Parameter(layer.dequantize())
+        others.layouts[seed] = {"ours": layer, "plain": plain}
+        return torch.randn(1, K, device=device).to(dtype), values, scale
+
+    candidates = {
+        "fusedops": others.taking("ours", lambda x, layer: layer(x)),
+        "nn.Linear": others.taking("plain", lambda x, layer: layer(x)),
+    }
+    name = f"int8 1x{N}x{K} as modules"
+    return Case("weight_only_matmul", name, dtype, make, candidates, {}, goal=GOAL[device])
+
+
 def cases(device, quick):
-    """Decoding steps of one and several sequences, and a prompt, in every format."""
+    """Decoding steps of one and several sequences, and a prompt, in every format; and one step through the modules."""
+    for dtype in DTYPES[device][: 1 if quick else None]:
+        yield module_case(SIZES[device][0], device, dtype)
     for dtype in DTYPES[device][: 1 if quick else None]:
         for sizes in SIZES[device][-1:] if quick else SIZES[device]:
             for rows in ROWS[device][:1] if quick else ROWS[device]:
