@@ -32,13 +32,15 @@ def add_scales_to_plan(model, plan):
     """
     from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
-    distributed = getattr(model.config, "distributed_config", None) is not None
+    distributed = getattr(model.config, "distributed_config", None)
+    asked = getattr(distributed, "tp_plan", None)
+    styles = {**plan, **asked} if isinstance(asked, dict) else plan
     for path, module in quantized_linears(model):
         generic = replace_layer_number_by_wildcard(path)
-        style = plan.get(generic, WHOLE)
+        style = styles.get(generic, WHOLE)
         if style.startswith(BY_COLUMNS) and module.weight_scale.dim() == 1:
             plan[f"{generic}.weight_scale"] = WHOLE
-        elif distributed and not style.startswith((BY_ROWS, BY_COLUMNS, WHOLE)):
+        elif distributed is not None and not style.startswith((BY_ROWS, BY_COLUMNS, WHOLE)):
             raise NotImplementedError(
                 f"FusedOpsConfig: tensor parallelism of a quantised layer must be {BY_ROWS} or {BY_COLUMNS}, "
                 f"got {style} for {path}"

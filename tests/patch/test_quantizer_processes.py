@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.patch.quantized_checkpoints import load, save_tiny
+from fusedops.patch import FusedOpsConfig
+from tests.patch.quantized_checkpoints import SCHEMES, load, same_tensors, save_tiny
 from tests.patch.tiny_models import logits, tokens
 
 pytest.importorskip("transformers")
@@ -80,3 +81,68 @@ from tests.patch.tiny_models import tokens
 print(loads("int8"), loads("int4-weight-only"))
 """
     assert python(code, saved).split() == ["False", "True", "True"]
+
+
+SPLIT = """
+import sys, torch, transformers
+import torch.distributed as dist
+from transformers.distributed import DistributedConfig
+import fusedops.patch
+from tests.patch.tiny_models import tokens
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+def load(folder, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def refused(folder, **options):
+    try:
+        load(folder, **options)
+    except NotImplementedError as error:
+        return str(error)
+
+
+split = DistributedConfig(tp_plan="auto")
+told = [refused("floats", quantization_config=fusedops.patch.FusedOpsConfig("int8"), distributed_config=split)]
+narrow = DistributedConfig(tp_plan={"model.layers.*.mlp.gate_proj": "packed_colwise"})
+told.append(refused("int8", distributed_config=narrow))
+told.append(refused("groups of 128", distributed_config=DistributedConfig(tp_plan="auto")))
+found = {}
+for scheme in ("int8-weight-only", "fp8-weight-only", "int4-weight-only", "int8", "fp8"):
+    model = load(scheme, distributed_config=DistributedConfig(tp_plan="auto"))
+    found[scheme] = logits(model)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    assert weight.to_local().shape[-1] * 2 == weight.shape[-1]
+    model.save_pretrained(scheme + "-split")
+if dist.get_rank() == 0:
+    torch.save((told, found), "found.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.deep
+def test_two_processes_share_every_layer(saved):
+    """Tensor parallelism: the values of one process but for rounding; each rank has its own scales of activations."""
+    floats = logits(load(saved / "floats"), tokens())
+    for scheme in SCHEMES:
+        load(saved / "floats", scheme).save_pretrained(saved / scheme)
+    load(saved / "floats", FusedOpsConfig("int4-weight-only", 128)).save_pretrained(saved / "groups of 128")
+    python(SPLIT, saved, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    (on_the_fly, packed, groups), found = torch.load(saved / "found.pt")
+    assert "must come from a checkpoint that is quantised already" in on_the_fly
+    assert "must be colwise or rowwise, got packed_colwise for model.layers.0.mlp.gate_proj" in packed
+    assert "a multiple of the group size times the ranks, 128 * 2, got 64 for model.layers.0.self_attn.o_proj" in groups
+    for scheme, out in found.items():
+        one = load(saved / scheme)
+        expected = logits(one, tokens())
+        if scheme.endswith("weight-only"):
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert (out - floats).norm() < 1.2 * (expected - floats).norm()
+        assert same_tensors(load(saved / f"{scheme}-split"), one)
