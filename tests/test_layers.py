@@ -23,6 +23,7 @@ ALLOWED = {
     "testing": {"_core", "testing"},
     "nn": {"_core", "ops", "nn", ""},
     "kv_cache": {"_core", "ops", ""},
+    "tuning": {"_core", "testing", "tuning"},
     "convert": {"_core", "ops", "nn", "convert", ""},
     "patch": {"_core", "ops", "nn", "kv_cache", "testing", "convert", "patch", ""},
 }

@@ -26,6 +26,10 @@ VARIABLES = {
         "The GPU that `FUSEDOPS_BACKEND=emulate` compiles for and takes its limits from, but for its size.",
     ),
     "FUSEDOPS_CACHE_DIR": (None, "Directory of everything that the library keeps between runs."),
+    "FUSEDOPS_CACHE_PATH": (
+        None,
+        "More such directories, joined as those of `PATH`, that tuned configurations are read from and never written.",
+    ),
 }
 
 _values: dict[str, str] = {}
@@ -109,3 +113,8 @@ def cache_dir():
         return Path(chosen).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(root) / "fusedops"
+
+
+def cache_path():
+    """The read-only directories that FUSEDOPS_CACHE_PATH names, in their order."""
+    return [Path(folder).expanduser() for folder in read("FUSEDOPS_CACHE_PATH").split(os.pathsep) if folder]

@@ -9,6 +9,7 @@ from fusedops._core import env
 from fusedops._core.device import TARGETS
 from fusedops._core.device import limits as limits_of
 from fusedops._core.register import operators
+from fusedops._core.tuning import DEFAULT, observed
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Explanation:
         rejected: (implementation, reason) of every one that was tried before it.
         config: The kernel's configuration as text; None where the implementation has none.
         config_source: Where the configuration came from.
+        config_key: What a tuned one holds for, by kernel; None where nothing of the configuration can be tuned.
         bytes: Bytes that the call must read and write at least.
         operations: Arithmetic operations of the call.
         bound: The least time that the device's memory allows, as text; None where the bandwidth is not known.
@@ -31,6 +33,7 @@ class Explanation:
     rejected: tuple
     config: str | None
     config_source: str | None
+    config_key: dict | None
     bytes: int | None
     operations: int | None
     bound: str | None
@@ -44,6 +47,8 @@ class Explanation:
         lines += [("rejected", f"{name}: {reason}") for name, reason in self.rejected]
         if self.config is not None:
             lines.append(("configuration", f"{self.config} ({self.config_source})"))
+        for kernel, key in (self.config_key or {}).items():
+            lines.append(("key", f"{kernel}: " + " ".join(f"{name}={value}" for name, value in key.items())))
         if self.bytes is not None:
             lines.append(("bytes", f"{self.bytes:,}"))
             lines.append(("operations", f"{self.operations:,}"))
@@ -111,11 +116,14 @@ def operator_call(function, *args, **kwargs):
 
 def _explanation(op, operator, args, limits):
     backend, rejected = operator.select(args, limits)
-    config = source = None
+    config = source = key = None
     describe = getattr(operator.module(backend), "config", None)
     device_limits = limits or limits_of(args[0].device)
     if describe is not None:
-        config, source = str(describe(operator.name, device_limits, *args)), "default by arithmetic"
+        with observed() as choices:
+            config = str(describe(operator.name, device_limits, *args))
+        source = "; ".join(dict.fromkeys(choice.source for choice in choices)) or DEFAULT
+        key = {choice.tunable.name: {**choice.key["sizes"], **choice.key["flags"]} for choice in choices} or None
     num_bytes, operations = operator.cost(*args) if operator.cost is not None else (None, None)
     bound = None
     if num_bytes is not None and (limits is not None or args[0].device.type == "cuda") and device_limits.bandwidth:
@@ -125,4 +133,4 @@ def _explanation(op, operator, args, limits):
     if env.backend() != "auto":
         target = f" for {device_limits.arch}" if backend == "emulate" else ""
         rejected = [*rejected, ("others", f"FUSEDOPS_BACKEND={env.backend()}{target}")]
-    return Explanation(op, backend, tuple(rejected), config, source, num_bytes, operations, bound)
+    return Explanation(op, backend, tuple(rejected), config, source, key, num_bytes, operations, bound)

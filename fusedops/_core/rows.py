@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fusedops._core.numbers import power_of_2
+from fusedops._core.tuning import Tunable
 
 # One program holds a row of up to this many elements in registers; longer rows are read in blocks, twice.
 MAX_BLOCK = 16384
@@ -25,6 +26,26 @@ def default(n, max_block=MAX_BLOCK):
         block_n = min(LOOP_BLOCK, max_block)
     block_m = max(1, 1024 // block_n)
     return RowConfig(block_m, block_n, min(max(block_m * block_n // 512, 1), 16))
+
+
+# Values of one thread's registers: fewer leave it no wide access, more leave it no registers.
+MIN_VALUES, MAX_VALUES = 4, 64
+
+
+def tunable(name, source, also, max_block=MAX_BLOCK):
+    """The Tunable of a row-wise kernel; like the default it never sees the number of rows."""
+
+    def computed(n, device_limits):
+        return default(n, max_block)
+
+    def fits(config, n, device_limits):
+        elements = config.block_m * config.block_n
+        values = elements // (32 * config.num_warps)
+        one_block = config.block_m == 1 or n <= config.block_n
+        return one_block and elements <= max_block and MIN_VALUES <= values <= MAX_VALUES
+
+    space = {"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8, 16)}
+    return Tunable(name, default=computed, sizes=("n",), also=also, space=space, fits=fits, source=source)
 
 
 def collapse(*tensors):

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from fusedops.cli import bench, bench_accuracy, bench_model, demo, doctor, explain, inspect
+from fusedops.cli import bench, bench_accuracy, bench_model, cache, demo, doctor, explain, inspect, tune
 from fusedops.cli.console import CommandError
 
 COMMANDS = {
@@ -15,6 +15,8 @@ COMMANDS = {
     "explain": explain,
     "inspect": inspect,
     "doctor": doctor,
+    "tune": tune,
+    "cache": cache,
 }
 BAD_INPUT = 2
 INTERRUPTED = 130

@@ -195,10 +195,24 @@ def _layer_norm_backward_kernel(
 MAX_BLOCK_BACKWARD = rows.MAX_BLOCK // 4
 
 
+_ASKED = ("dtype", "weight", "bias", "residual")
+FORWARD = rows.tunable("layer_norm", __file__, _ASKED)
+BACKWARD = rows.tunable("layer_norm_backward", __file__, _ASKED, MAX_BLOCK_BACKWARD)
+
+
 def config(op, device_limits, *args):
     """The configuration of one call."""
-    n = args[0].shape[-1]
-    return rows.default(n, MAX_BLOCK_BACKWARD) if op == "layer_norm_backward" else rows.default(n)
+    if op == "layer_norm_backward":
+        _, x, weight, bias, _, grad_h = args
+        return _tile(BACKWARD, device_limits, x, weight, bias, grad_h)
+    x, *residual, weight, bias, _ = args
+    return _tile(FORWARD, device_limits, x, weight, bias, residual[0] if residual else None)
+
+
+def _tile(tunable, device_limits, x, weight, bias, residual):
+    """The tile of one kernel; of the backward one the residual is what reaches x past the norm."""
+    dtypes = (None if t is None else t.dtype for t in (weight, bias))
+    return tunable.choose(device_limits, (x.shape[-1],), (x.dtype, *dtypes, residual is not None))
 
 
 def layer_norm(x, weight, bias, eps, out=None):
@@ -227,7 +241,7 @@ def _launch(x, residual, weight, bias, out, h, eps):
     num_rows, inner, strides = layout
     x_strides, out_strides = strides[0:2], strides[2:4]
     residual_strides, h_strides = (strides[4:6], strides[6:8]) if residual is not None else ((0, 0), (0, 0))
-    tile = rows.default(n)
+    tile = _tile(FORWARD, limits(x.device), x, weight, bias, residual)
     _layer_norm_kernel[(ceil_div(num_rows, tile.block_m),)](
         x, residual, weight, bias, out, h,
         *x_strides, *residual_strides, *out_strides, *h_strides,
@@ -253,8 +267,9 @@ def layer_norm_backward(grad, x, weight, bias, eps, grad_h):
         return dx, *(x.new_empty(0) if p is None else torch.zeros_like(p) for p in (weight, bias))
     given = [rows.dense(tensor) for tensor in (grad, x, grad_h) if tensor is not None]
     given, (num_rows, inner, strides) = rows.stridable(*given)
-    tile = rows.default(n, MAX_BLOCK_BACKWARD)
-    programs = min(ceil_div(num_rows, tile.block_m), 2 * limits(x.device).sm_count)
+    device_limits = limits(x.device)
+    tile = _tile(BACKWARD, device_limits, x, weight, bias, grad_h)
+    programs = min(ceil_div(num_rows, tile.block_m), 2 * device_limits.sm_count)
     partials = [None if p is None else x.new_empty((programs, n), dtype=torch.float32) for p in (weight, bias)]
     _layer_norm_backward_kernel[(programs,)](
         given[0], given[1], weight, given[2] if grad_h is not None else None, dx, *partials,

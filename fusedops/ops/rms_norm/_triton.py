@@ -224,11 +224,24 @@ def _rms_norm_backward_kernel(
 # Backward keeps four float32 values an element in registers, forward two: half the row fits.
 MAX_BLOCK_BACKWARD = rows.MAX_BLOCK // 4
 
+_ASKED = ("dtype", "weight", "residual", "rounding")
+FORWARD = rows.tunable("rms_norm", __file__, _ASKED)
+QUANTIZED = rows.tunable("rms_norm_quantized", __file__, (*_ASKED, "codes"))
+BACKWARD = rows.tunable("rms_norm_backward", __file__, ("dtype", "weight", "grad_h"), MAX_BLOCK_BACKWARD)
 
-def config(op, device_limits, *args):
+
+def config(op, device_limits, x, *args):
     """The configuration of one call."""
-    n = args[0].shape[-1]
-    return rows.default(n, MAX_BLOCK_BACKWARD) if op == "rms_norm_backward" else rows.default(n)
+    if op == "rms_norm_backward":
+        return _tile(BACKWARD, device_limits, x, args[1], args[-1] is not None)
+    residual = op.startswith("add_")
+    weight, _, _, *also = args[residual:]
+    return _tile(QUANTIZED if len(also) > 1 else FORWARD, device_limits, x, weight, residual, *also)
+
+
+def _tile(tunable, device_limits, x, weight, *also):
+    """The tile of one kernel."""
+    return tunable.choose(device_limits, x.shape[-1:], (x.dtype, None if weight is None else weight.dtype, *also))
 
 
 def rms_norm(x, weight, eps, weight_offset, rounding, out=None):
@@ -263,7 +276,7 @@ def _launch(x, residual, weight, out, h, eps, weight_offset, rounding):
     num_rows, inner, strides = layout
     x_strides, out_strides = strides[0:2], strides[2:4]
     residual_strides, h_strides = (strides[4:6], strides[6:8]) if residual is not None else ((0, 0), (0, 0))
-    tile = rows.default(n)
+    tile = _tile(FORWARD, limits(x.device), x, weight, residual is not None, rounding)
     _rms_norm_kernel[(ceil_div(num_rows, tile.block_m),)](
         x, residual, weight, out, h,
         *x_strides, *residual_strides, *out_strides, *h_strides,
@@ -304,7 +317,7 @@ def _launch_quantized(x, residual, weight, values, scale, h, eps, weight_offset,
         return
     given, (num_rows, inner, strides) = rows.stridable(*(t for t in (x, residual) if t is not None))
     n = x.shape[-1]
-    tile = rows.default(n)
+    tile = _tile(QUANTIZED, limits(x.device), x, weight, residual is not None, rounding, values.dtype)
     stored, code, by_integers = codes.as_stored(values)
     _rms_norm_quantized_kernel[(ceil_div(num_rows, tile.block_m),)](
         given[0], None if residual is None else given[1], weight, stored, scale, h,
@@ -328,8 +341,9 @@ def rms_norm_backward(grad, x, weight, eps, weight_offset, grad_h):
         return dx, x.new_zeros(0) if weight is None else torch.zeros_like(weight)
     given = [rows.dense(tensor) for tensor in (grad, x, grad_h) if tensor is not None]
     given, (num_rows, inner, strides) = rows.stridable(*given)
-    tile = rows.default(n, MAX_BLOCK_BACKWARD)
-    programs = min(ceil_div(num_rows, tile.block_m), 2 * limits(x.device).sm_count)
+    device_limits = limits(x.device)
+    tile = _tile(BACKWARD, device_limits, x, weight, grad_h is not None)
+    programs = min(ceil_div(num_rows, tile.block_m), 2 * device_limits.sm_count)
     partial = None if weight is None else x.new_empty((programs, n), dtype=torch.float32)
     _rms_norm_backward_kernel[(programs,)](
         given[0], given[1], weight, given[2] if grad_h is not None else None, dx, partial,

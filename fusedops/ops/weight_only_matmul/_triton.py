@@ -17,6 +17,7 @@ from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
 from fusedops._core.tl import activate
+from fusedops._core.tuning import Tunable
 from fusedops.ops.weight_only_matmul._groups import ZERO_STEPS, group_of
 
 TWO_19 = tl.constexpr(524288.0)
@@ -25,6 +26,7 @@ FEW_ROWS = 64
 PROGRAMS_PER_SM = 2  # that the parts of K aim at
 LOAD_BYTES = 16  # that a thread asks for at once
 STAGE_BYTES = 64 * KIB  # of weights and x that a program has under way
+MAX_SUMS = 128  # of one thread, in registers
 MIN_PART_STEPS = 4  # of a program's loop, below which adding the parts costs more than it saves
 
 
@@ -196,13 +198,42 @@ def default(M, N, K, itemsize, pack, group_k, device_limits):
     return WeightOnlyConfig(block_m, block_n, block_k, splits, num_warps, num_stages)
 
 
-def config(op, device_limits, *args):
+def _fits(tile, M, N, K, itemsize, pack, group_k, device_limits):
+    """Whether the memory holds the stages, the registers of a thread the sums, and its loads are wide."""
+    tile_bytes = tile.block_n * tile.block_k // pack + tile.block_m * tile.block_k * itemsize
+    return (
+        tile.num_stages * tile_bytes <= device_limits.shared_memory - KIB
+        and tile.block_m * tile.block_n // (32 * tile.num_warps) <= MAX_SUMS
+        and tile.block_n * tile.block_k // pack >= tile.num_warps * 32 * LOAD_BYTES
+        and (tile.block_m >= power_of_2(M) or M > FEW_ROWS)
+    )
+
+
+# Neither block_k nor splits: a result has the same bits whatever the table says.
+TILE = Tunable(
+    "weight_only_matmul",
+    default=lambda *asked: default(*asked),
+    sizes=("rows", "columns", "depth"),
+    flags=("itemsize", "pack", "group_k"),
+    also=("dtype", "weight_dtype", "scale_dtype", "zero", "bias", "residual", "activation"),
+    space={
+        "block_m": (16, 32, 64, 128), "block_n": (32, 64, 128, 256), "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4, 5, 6),
+    },
+    fits=_fits,
+    source=__file__,
+)  # fmt: skip
+
+
+def config(op, device_limits, x, values, scale, zero, bias, residual, activation):
     """The configuration of one call."""
-    x, values, scale = args[:3]
     K, N = x.shape[-1], values.shape[0]
     pack = 2 if values.dtype == torch.uint8 else 1
     group_k = group_of(N, K, tuple(scale.shape))[1] if scale.dim() == 2 else None
-    return default(x.numel() // K, N, K, x.element_size(), pack, group_k, device_limits)
+    also = (
+        x.dtype, values.dtype, scale.dtype, zero is not None, bias is not None, residual is not None, activation,
+    )  # fmt: skip
+    return TILE.choose(device_limits, (x.numel() // K, N, K, x.element_size(), pack, group_k), also)
 
 
 def stored_format(values, device_limits):
@@ -221,7 +252,7 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
     if not M:
         return out
     device_limits = limits(x.device)
-    tile = config("weight_only_matmul", device_limits, x, values, scale)
+    tile = config("weight_only_matmul", device_limits, x, values, scale, zero, bias, residual, activation)
     group_n, group_k = group_of(N, K, tuple(scale.shape)) if scale.dim() == 2 else (1, 1)
     stored = stored_format(values, device_limits)
     if stored == "fp8 bits":

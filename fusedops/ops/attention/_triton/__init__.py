@@ -10,6 +10,7 @@ from fusedops._core.device import MIN_FP8_CAPABILITY, fp8_rejection, limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
+from fusedops._core.tuning import Tunable
 from fusedops.ops.attention._triton import backward_launch, hopper_launch
 from fusedops.ops.attention._triton.forward import _attention_kernel
 from fusedops.ops.attention._triton.split_kv import _combine_kernel, _merge_kernel
@@ -17,6 +18,7 @@ from fusedops.ops.attention._triton.split_kv import _combine_kernel, _merge_kern
 FP8 = torch.float8_e4m3fn
 _run_attention, _run_combine = Relauncher(_attention_kernel), Relauncher(_combine_kernel)
 MAX_SPLITS = 128  # the combining kernel holds the maxima of all of them
+MAX_SUMS = 128  # of one thread, in registers
 MIN_SPLIT_BLOCKS = 2  # key blocks below which a part costs more than it saves
 
 
@@ -94,6 +96,32 @@ def shared_bytes(tile, itemsize, masked):
     return tile.block_m * tile.block_d * itemsize + tile.num_stages * stage + widened + 2048
 
 
+def _fits(tile, num_rows, head_dim, head_dim_v, itemsize, masked, device_limits):
+    """Whether the memory holds the tiles, the registers of a thread the sums, and no tile is mostly empty."""
+    smallest = 32 if itemsize == 1 else 16
+    sums = tile.block_m * max(tile.block_n, tile.block_dv) // (32 * tile.num_warps)
+    return (
+        shared_bytes(tile, itemsize, masked) <= device_limits.shared_memory
+        and tile.block_n >= smallest
+        and tile.block_m <= max(power_of_2(num_rows), 16)
+        and sums <= MAX_SUMS
+    )
+
+
+TILE = Tunable(
+    "attention",
+    default=lambda *asked: default(*asked),
+    sizes=("num_rows",),
+    flags=("head_dim", "head_dim_v", "itemsize", "masked"),
+    also=("dtype", "heads_per_key_head", "varlen", "causal", "left", "right", "softcap", "sinks", "alibi", "scales"),
+    space={
+        "block_m": (16, 32, 64, 128), "block_n": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
+    },
+    fits=_fits,
+    source=__file__,
+)  # fmt: skip
+
+
 def num_splits(tile, num_programs, num_key_blocks, device_limits):
     """Into how many parts the keys are split so that few programs fill the device."""
     places = device_limits.sm_count * (2 if tile.block_m == 16 else 1)  # two small programs share a multiprocessor
@@ -113,7 +141,12 @@ def config(op, device_limits, *args):
     mask, causal, left, right = rest[2], *rest[7:10]
     left, right = _bounds(max_q, max_k, causal, left, right)
     pack = _pack(q, k, mask)
-    tile = default(max_q * pack, q.shape[-1], v.shape[-1], q.element_size(), mask is not None, device_limits)
+    asked = max_q * pack, q.shape[-1], v.shape[-1], q.element_size(), mask is not None
+    also = (
+        q.dtype, pack, op == "attention_varlen", causal, left is not None, right is not None, rest[10] > 0.0,
+        rest[0] is not None, rest[1] is not None, any(scale is not None for scale in rest[3:6]),
+    )  # fmt: skip
+    tile = TILE.choose(device_limits, asked, also)
     reach = min(max_k, (max_k if left is None else left) + (max_k if right is None else right) + max_q)
     programs = ceil_div(max_q * pack, tile.block_m) * (q.shape[-2] // pack) * batch
     splits = num_splits(tile, programs, ceil_div(reach, tile.block_n), device_limits)

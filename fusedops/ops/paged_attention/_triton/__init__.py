@@ -9,6 +9,7 @@ from fusedops._core.device import fp8_rejection, limits
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
 from fusedops._core.scales import scale_kind, scale_strides
+from fusedops._core.tuning import Tunable
 from fusedops.ops.paged_attention._triton import launches
 from fusedops.ops.paged_attention._triton.combine import _combine_kernel
 from fusedops.ops.paged_attention._triton.forward import _paged_attention_kernel
@@ -18,6 +19,7 @@ MIN_SPLIT_KEYS = _MIN_SPLIT_KEYS.value
 MAX_SPLIT_BATCH = 1024  # sequences beyond which nothing is split: every program reads all lengths at once
 WAVES = 4  # so many parts for each place on the device, that places are left when the longest ends
 FIXED_ROWS = 64  # of a tile where num_splits is given: it must not depend on other sequences' queries
+MAX_SUMS = 128  # of one thread, in registers
 BLOCK_SPLITS = 16  # parts that are joined at once
 _run_attention, _run_combine = Relauncher(_paged_attention_kernel), Relauncher(_combine_kernel)
 
@@ -94,6 +96,26 @@ def shared_bytes(tile, itemsize, cache_itemsize, window, tree, device_limits):
     return queries + tiles * stage + widened
 
 
+def _fits(tile, num_rows, head_dim, head_dim_v, itemsize, cache_itemsize, window, tree, device_limits):
+    """Whether the memory holds the tiles, and the registers of a thread the sums."""
+    sums = tile.block_m * max(tile.block_n, tile.block_dv) // (32 * tile.num_warps)
+    needed = shared_bytes(tile, itemsize, cache_itemsize, window, tree, device_limits)
+    return needed <= device_limits.shared_memory and sums <= MAX_SUMS
+
+
+TILE = Tunable(
+    "paged_attention",
+    default=lambda *asked: default(*asked),
+    sizes=("num_rows",),
+    flags=("head_dim", "head_dim_v", "itemsize", "cache_itemsize", "window", "tree"),
+    also=("dtype", "cache_dtype", "heads_per_key_head", "page_size", "splits", "varlen", "causal", "right", "softcap",
+          "sinks", "alibi", "k_scale", "v_scale"),
+    space={"block_n": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 3, 5, 7)},
+    fits=_fits,
+    source=__file__,
+)  # fmt: skip
+
+
 def extra_slots(batch, kv_heads, capacity, device_limits):
     """How many more parts than sequences there may be: enough for every place, none below MIN_SPLIT_KEYS keys."""
     if batch > MAX_SPLIT_BATCH or capacity <= MIN_SPLIT_KEYS:
@@ -111,7 +133,11 @@ def config(op, device_limits, *args):
     sizes = q.shape[-1], v_cache.shape[-1], q.element_size(), k_cache.element_size()
     capacity = block_table.shape[1] * page_size
     window = _left(rest[7], capacity) is not None
-    tile = default(num_rows, *sizes, window, rest[4] is not None, device_limits)
+    also = (
+        q.dtype, k_cache.dtype, group, page_size, bool(num_splits), args[5] is not None, rest[6], rest[8] >= 0,
+        rest[9] > 0.0, rest[0] is not None, rest[1] is not None, scale_kind(rest[2]), scale_kind(rest[3]),
+    )  # fmt: skip
+    tile = TILE.choose(device_limits, (num_rows, *sizes, window, rest[4] is not None), also)
     if num_splits:
         return replace(tile, splits="fixed" if num_splits > 1 else "none", num_splits=num_splits)
     extra = extra_slots(block_table.shape[0], kv_heads, capacity, device_limits)

@@ -9,6 +9,7 @@ import triton.language as tl
 from fusedops._core.device import MIN_FP8_CAPABILITY, limits
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
+from fusedops._core.tuning import Tunable
 from fusedops.ops.scaled_matmul._triton import hopper_launch, launches
 from fusedops.ops.scaled_matmul._triton.portable import _scaled_matmul_kernel
 from fusedops.ops.scaled_matmul._triton.small import _scaled_matmul_combine_kernel, _scaled_matmul_small_kernel
@@ -20,6 +21,8 @@ SMALL_BLOCK_N = 64  # the rows of b that one tensor core instruction takes
 MIN_SPLIT_K = 512  # depth below which a split costs more than it brings
 GROUP_M = 8  # rows of tiles that are walked through together
 COMBINE_BLOCK_N = 1024
+MAX_SUMS = 256  # of one thread, in registers
+ALIGNMENT = 16  # bytes
 
 _run = Relauncher(_scaled_matmul_kernel)
 _run_small, _run_combine = Relauncher(_scaled_matmul_small_kernel), Relauncher(_scaled_matmul_combine_kernel)
@@ -91,13 +94,43 @@ def shared_bytes(tile, device_limits):
     return tiles * (tile.block_m + tile.block_n) * tile.block_k + 1024
 
 
+def _fits(tile, rows, columns, depth, narrow, device_limits):
+    """Whether the memory holds the tiles, and the registers of a thread the sums."""
+    sums = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    return shared_bytes(tile, device_limits) <= device_limits.shared_memory and sums <= MAX_SUMS // (1 + narrow)
+
+
+def _tunable(name, space):
+    """What is tuned leaves each sum as it is: a result has the same bits whatever the table says."""
+    return Tunable(
+        name, default=lambda *asked: default(*asked), sizes=("rows", "columns", "depth"), flags=("narrow",),
+        also=("dtype", "out_dtype", "scale_a", "scale_b", "bias", "residual", "activation", "aligned"), space=space,
+        fits=_fits, source=__file__,
+    )  # fmt: skip
+
+
+TILE = _tunable(
+    "scaled_matmul",
+    {"block_m": (32, 64, 128, 256), "block_n": (32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5)},
+)
+SMALL = _tunable("scaled_matmul_small", {"num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6, 7, 8)})
+
+
 def config(op, device_limits, a, b, *rest):
     """The configuration of one call."""
     tile = _hopper_tile(device_limits, a, b)
-    if tile is not None:
-        return tile
-    blocked = any(scale.dim() == 2 for scale in rest[:2])
-    return default(a.shape[0], b.shape[0], a.shape[1], blocked or expands(a, device_limits), device_limits)
+    return tile if tile is not None else _portable_tile(device_limits, a, b, *rest)
+
+
+def _portable_tile(device_limits, a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
+    rows, depth = a.shape
+    narrow = scale_a.dim() == 2 or scale_b.dim() == 2 or expands(a, device_limits)
+    aligned = (depth | a.stride(0) | b.stride(0) | a.data_ptr() | b.data_ptr()) % ALIGNMENT == 0
+    also = (
+        a.dtype, out_dtype, _kind(scale_a), _kind(scale_b), bias is not None, residual is not None, activation, aligned,
+    )  # fmt: skip
+    tunable = SMALL if rows <= SMALL_M else TILE
+    return tunable.choose(device_limits, (rows, b.shape[0], depth, narrow), also)
 
 
 def _hopper_tile(device_limits, a, b):
@@ -112,11 +145,15 @@ def expands(a, device_limits):
     return a.dtype == FP8 and device_limits.capability < MIN_FP8_CAPABILITY
 
 
+def _kind(scale):
+    """The kind of a scale: "one" for all, "row" for one each, "block" for 128 of the depth."""
+    return "block" if scale.dim() == 2 else "row" if scale.numel() > 1 else "one"
+
+
 def _described(scale):
-    """A scale as kernels read it, and its kind: "one" for all, "row" for one each, "block" for 128 of the depth."""
-    if scale.dim() == 2:
-        return scale, "block"
-    return (scale.contiguous(), "row") if scale.numel() > 1 else (scale, "one")
+    """A scale as kernels read it, and its kind."""
+    kind = _kind(scale)
+    return scale.contiguous() if kind == "row" else scale, kind
 
 
 def int8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
@@ -132,6 +169,7 @@ def fp8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
 
 
 def _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, acc):
+    given = a, b, scale_a, scale_b, bias, out_dtype, activation, residual
     (rows, depth), columns = a.shape, b.shape[0]
     out = a.new_empty((rows, columns), dtype=out_dtype)
     if not rows:
@@ -149,7 +187,7 @@ def _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, acc):
         hopper_launch.launch(tile, tensors, numbers, kinds, device_limits.sm_count)
         return out
     expand = a.dtype == torch.uint8
-    tile = default(rows, columns, depth, expand or "block" in kinds.values(), device_limits)
+    tile = _portable_tile(device_limits, *given)
     constants = {**kinds, "EVEN_K": depth % tile.block_k == 0, "EXPAND": expand, "ACC": acc}
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     constants |= blocks
