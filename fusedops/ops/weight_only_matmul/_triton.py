@@ -188,7 +188,7 @@ def default(M, N, K, itemsize, pack, group_k, device_limits):
         num_warps = 2
     block_n = max(block_n, num_warps * 32 * LOAD_BYTES // row_bytes)
     tile_bytes = block_n * row_bytes + block_m * block_k * itemsize
-    num_stages = min(max(STAGE_BYTES // tile_bytes, 3), 6)
+    num_stages = min(max(STAGE_BYTES // tile_bytes, 3), 6, (device_limits.shared_memory - KIB) // tile_bytes)
     splits = 1
     if M <= FEW_ROWS:
         wanted = ceil_div(PROGRAMS_PER_SM * device_limits.sm_count, ceil_div(N, block_n))
