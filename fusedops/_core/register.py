@@ -75,7 +75,7 @@ class Operator:
         "Like" is everything that checks and selection look at: types, dtypes, shapes, strides, devices, other values.
         A function whose checks look at addresses (out, in place) must not ask.
         """
-        if _watched():
+        if watched():
             return None
         try:
             plan = self._plans.get(_signature(args))
@@ -122,7 +122,7 @@ class Operator:
         return self._selector.module(implementation)
 
 
-def _watched():
+def watched():
     """Whether something wants to see every operator: tracing, modes, function transforms."""
     return _is_compiling() or _included_keys().raw_repr() & ~_USUAL_KEYS != 0
 
@@ -137,7 +137,7 @@ def _signature(args):
 
 def _dispatcher_needed(args):
     """Whether anything stands between the caller and the tensors: gradients, tracing, modes, subclasses."""
-    if _watched() or args[0].is_meta:
+    if watched() or args[0].is_meta:
         return True
     grad = torch.is_grad_enabled()
     for arg in args:

@@ -8,13 +8,14 @@ others, called with the very tensor, unchanged since, pick up their columns. Wha
 import torch
 from torch.nn import Parameter
 
+from fusedops._core.register import watched
+from fusedops.nn._linear import autocast_dtype
 from fusedops.patch.instance import State, record_fallback
 from fusedops.patch.rows import QuantizedRows, version_of
 
 MAX_WASTED = 8  # products in a row of which a part was left lying, before the linears are computed apart
 MAX_JOINS = 4  # times that the parameters may be found elsewhere, as after ``model.to(...)``
 
-_is_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -35,7 +36,7 @@ class Group:
 
     def _forget(self):
         self._whole = None
-        self._places = None
+        self._states = None  # of the members' parameters, as they lie together
         self._product = None
         self._moved = False  # whether parameters were given a place among the others
         self._joins = self._wasted = 0
@@ -55,7 +56,7 @@ class Group:
             index: Of the linear in `members`.
             x: Its input; not `QuantizedRows` that were read.
         """
-        mode = _autocast_dtype(x)
+        mode = autocast_dtype(x)
         product, self._product = self._product, None
         if product is not None:
             if product.fits(index, x, mode, self.members):
@@ -73,7 +74,7 @@ class Group:
         if len(self.members) == 1:
             return out
         sizes = [member.out_features for member in self.members]
-        return self._take(_Product(x, mode, out.split(sizes, -1), self.members), index)
+        return self._take(_Product(x, mode, out.split(sizes, -1), self._states), index)
 
     def _take(self, product, index):
         """The result of a linear, which is not kept; those of the others are."""
@@ -90,7 +91,7 @@ class Group:
         members = self.members
         first = members[0]
         if len(members) == 1:
-            self._whole, self._places = first, []
+            self._whole = first
             return
         reason = obstacle(members)
         if reason is not None:
@@ -107,7 +108,7 @@ class Group:
                     self._moved = True
                     for part, place in zip(parts, joined.split([p.shape[dim] for p in parts], dim), strict=True):
                         part.data = _own(place)
-        self._whole, self._places = whole.train(first.training), [_places(member) for member in members]
+        self._whole, self._states = whole.train(first.training), [_state(member) for member in members]
 
     def separate(self, module):
         """Give a linear memory of its own again; the others compute apart from then on."""
@@ -120,14 +121,23 @@ class Group:
 
     def _joined(self):
         """Whether the parameters lie together; brings them together where they do not yet, or not any more."""
-        if self._whole is not None and not self._places:
+        if len(self.members) == 1:
+            self._whole = self.members[0]
             return True
-        if self._places is None or [_places(member) for member in self.members] != self._places:
-            self._joins += 1
-            if self._joins > MAX_JOINS:
-                self._apart("its parameters change their place again and again")
-            else:
-                self.join()
+        states = [_state(member) for member in self.members]
+        if states == self._states:
+            return True
+        if self._states is not None and [*map(_places, states)] == [*map(_places, self._states)]:
+            self._states = states  # new values in the same places
+            reason = obstacle(self.members)
+            if reason is not None:
+                self._apart(reason)
+            return not self.apart
+        self._joins += 1
+        if self._joins > MAX_JOINS:
+            self._apart("its parameters change their place again and again")
+        else:
+            self.join()
         return not self.apart
 
     def _apart(self, reason):
@@ -138,15 +148,15 @@ class Group:
 class _Product:
     """The results of a group for one input, each to be taken once."""
 
-    __slots__ = ("left", "mode", "parts", "version", "weights", "x")
+    __slots__ = ("left", "mode", "parts", "states", "version", "x")
 
-    def __init__(self, x, mode, parts, members):
+    def __init__(self, x, mode, parts, states):
         self.x = x
         self.mode = mode
         self.version = version_of(x)
         self.parts = list(parts)
         self.left = len(self.parts)
-        self.weights = [_state_of_weights(member) for member in members]
+        self.states = states
 
     def fits(self, index, x, mode, members):
         """Whether the result of a linear for x is here: the same tensor and the same parameters, unchanged since.
@@ -158,7 +168,7 @@ class _Product:
             return False
         if self.version is None and any(member._forward_pre_hooks or member._forward_hooks for member in members):
             return False
-        return self.weights[index] == _state_of_weights(members[index])
+        return self.states[index] == _state(members[index])
 
 
 class LinearState(State):
@@ -185,10 +195,10 @@ class LinearState(State):
 
 def joined_forward(self, *args, **kwargs):
     """Forward of a quantised linear that shares its input with others, or takes it quantised."""
-    if _is_compiling() or _is_grad_enabled() or kwargs or len(args) != 1:
+    if watched() or _is_grad_enabled() or kwargs or len(args) != 1:
         return type(self).forward(self, *args, **kwargs)
     x = args[0]
-    if type(x) is QuantizedRows and (x.made is not None or _autocast_dtype(x) is not None):
+    if type(x) is QuantizedRows and (x.made is not None or autocast_dtype(x) is not None):
         x = x.read()
     state = self._fusedops
     out = state.group.compute(state.index, x)
@@ -236,14 +246,9 @@ def _own(part):
     return torch.from_dlpack(part)
 
 
-def _places(member):
-    return [(id(p), p.data_ptr()) for p in member._parameters.values() if p is not None]
-
-
-def _state_of_weights(member):
+def _state(member):
     return [(id(p), p.data_ptr(), version_of(p)) for p in member._parameters.values() if p is not None]
 
 
-def _autocast_dtype(x):
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+def _places(state):
+    return [place for *place, _ in state]

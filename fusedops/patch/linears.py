@@ -210,11 +210,14 @@ class Fusion:
     def __init__(self, plan):
         self._plan = plan
         self._modules = dict(plan.model.named_modules())
-        self._shared = shared_parameters(plan.model)
+        self._shared = ()
         self._states = {}
 
     def add_all(self):
         """Find everything; the model is not touched."""
+        if not any(isinstance(module, QuantizedLinear) for module in self._modules.values()):
+            return
+        self._shared = shared_parameters(self._plan.model)
         for path, module in self._modules.items():
             for names, contiguous in shared_inputs(module):
                 for alike in by_kind(self._fit(path, module, names), module):

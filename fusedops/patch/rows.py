@@ -3,6 +3,8 @@
 import torch
 from torch.utils._pytree import tree_map
 
+from fusedops._core.register import watched
+from fusedops.nn._linear import autocast_dtype
 from fusedops.patch.instance import record_fallback
 
 READ = "its result is read by more than quantised linears"
@@ -100,10 +102,11 @@ def wanted(state, x):
     return (
         state.rows is not None
         and not torch.is_grad_enabled()
+        and not watched()
         and type(x) is torch.Tensor
         and (state.steady or not x.is_inference())
         and state.fallbacks.get(READ, 0) < MAX_READS
-        and not torch.is_autocast_enabled(x.device.type)
+        and autocast_dtype(x) is None
     )
 
 

@@ -294,6 +294,10 @@ def test_static_input_scales(scales):
         assert torch.equal(models[0](x), models[1](x))
     if scales[1] == 0.02:
         assert _names(handle) == ["ask", "find", "tell"]
+        with torch.no_grad():
+            for one in models:
+                one.tell.input_scale.mul_(3)
+            assert torch.equal(models[0](x), models[1](x))
     else:
         reason = "it and its neighbours have different values of input_scale"
         assert [row.reason for row in handle.report.skipped] == [reason] * 3
