@@ -15,7 +15,7 @@ GRANULARITIES = ("row", "block")
 _quantize_scaled = operators()["quantize_scaled"]
 
 
-class _ScaledLinear(QuantizedLinear):
+class ScaledLinear(QuantizedLinear):
     """Layers that quantise their input too: QUANTIZE, MATMUL and `quantize`, `matmul` are the operators for CODE."""
 
     KEPT = ("weight", "weight_scale", "input_scale")
@@ -92,7 +92,7 @@ class _ScaledLinear(QuantizedLinear):
         return found | ({"input_scale": ((), torch.float32)} if static_input else {})
 
 
-class Int8Linear(_ScaledLinear):
+class Int8Linear(ScaledLinear):
     """Multiply int8 codes of the input with int8 codes of the weight.
 
     ``out = (codes(x) @ weight.T) * scale(x) * weight_scale + bias``, in place of ``torch.nn.Linear``
@@ -103,7 +103,7 @@ class Int8Linear(_ScaledLinear):
         static_input: Whether all inputs share one scale, which is stored, in place of one that is computed for each
             row. What is larger than 127 times it is cut.
 
-    Parameters, of which only bias is trained: ``weight`` int8 ``[1, N, K]``, so that nobody takes it for a plain
+    Stored, and only bias is trained: ``weight`` int8 ``[1, N, K]``, so that nobody takes it for a plain
     layer's; ``weight_scale`` float32 ``[N]``; ``input_scale`` float32 ``[]``, with `static_input` alone; ``bias``
     ``[N]`` or None.
 
@@ -112,8 +112,8 @@ class Int8Linear(_ScaledLinear):
         NotImplementedError: in_features > MAX_K_INT8, where sums leave int32.
 
     Numerics: codes as by `fusedops.quantize_int8`, the product as by `fusedops.int8_matmul`. ``.to(dtype)`` changes the
-        dtype of bias alone, no code and no scale. Rows with infinity or NaN are contained in their row, but in
-        `static_input`, where NaN counts as 0.
+        dtype of bias alone, no code and no scale. Infinity and NaN stay in their row of the result; with
+        `static_input` infinity is cut and NaN counts as 0.
     From: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022,
         https://arxiv.org/abs/2208.07339
     """
@@ -136,7 +136,7 @@ class Int8Linear(_ScaledLinear):
         return {"weight": values[None], "weight_scale": scale}
 
 
-class Fp8Linear(_ScaledLinear):
+class Fp8Linear(ScaledLinear):
     """Multiply float8 codes (e4m3) of the input with float8 codes of the weight.
 
     ``out = (codes(x) @ weight.T) * scale(x) * weight_scale + bias``, in place of ``torch.nn.Linear``
@@ -146,14 +146,15 @@ class Fp8Linear(_ScaledLinear):
         granularity: ``"row"`` for a scale for each row of the weight and of the input, ``"block"`` for one for each
             128 by 128 elements of the weight and each 128 elements of a row of the input.
 
-    Parameters as in `Int8Linear`: ``weight`` float8_e4m3fn; ``weight_scale`` float32 ``[N]`` or
+    Stored as in `Int8Linear`: ``weight`` float8_e4m3fn; ``weight_scale`` float32 ``[N]`` or
     ``[ceil(N / 128), ceil(K / 128)]``.
 
     Raises:
         ValueError: a size is below 1, or the granularity is none of these.
 
     Numerics: codes as by `fusedops.quantize_fp8`, the product as by `fusedops.fp8_matmul`. ``.to(dtype)`` changes the
-        dtype of bias alone, no code and no scale. Rows with infinity or NaN are contained in their row.
+        dtype of bias alone, no code and no scale. Infinity and NaN stay in their row of the result; with
+        `static_input` infinity is cut.
     From: Micikevicius et al., "FP8 Formats for Deep Learning", 2022, https://arxiv.org/abs/2209.05433; for blocks
         DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, https://arxiv.org/abs/2412.19437
     """

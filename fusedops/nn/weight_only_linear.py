@@ -30,7 +30,7 @@ class WeightOnlyLinear(QuantizedLinear):
         group_size: Consecutive columns of a row that share a scale: 32, 64 or 128; the last group may be smaller. None
             is a scale for each row, in int4 32.
 
-    Parameters, of which only bias is trained: ``weight`` ``[1, N, K]`` of int8 or float8_e4m3fn, in int4
+    Stored, and only bias is trained: ``weight`` ``[1, N, K]`` of int8 or float8_e4m3fn, in int4
     ``[1, N, ceil(K / 2)]`` of uint8 (two codes in a byte, see `fusedops.weight_only_matmul`), so that nobody takes it
     for a plain layer's; ``weight_scale`` ``[N]`` or ``[N, ceil(K / group_size)]`` of the layer's dtype;
     ``weight_zero`` uint8 of weight_scale's shape, in int4 alone; ``bias`` ``[N]`` or None.
