@@ -1,4 +1,4 @@
-"""Results into words: write the tables of README.md, docs/performance.md and docs/serving.md from benchmarks/results/.
+"""Results into words: write the tables of README.md and of docs/ from benchmarks/results/.
 
     python benchmarks/report.py            # write the tables anew
     python benchmarks/report.py --check    # exit status 1 where a table is not what the rows say
@@ -17,10 +17,13 @@ from _rows import EAGER, ON_DEVICE, ROOT, error, goal, microseconds, ratio, shar
 
 RESULTS = ROOT / "benchmarks/results"
 SERVING = RESULTS / "serving"  # what `fusedops bench model --json` wrote
-PAGES = ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/serving.md"
+ACCURACY = RESULTS / "accuracy"  # what `fusedops bench accuracy --json` wrote
+DEMO = RESULTS / "demo"  # what `fusedops demo --quantize --json` wrote
+PAGES = ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("performance", "serving", "quantization"))
 IMAGES = ROOT / "docs/images"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- results end -->)", re.DOTALL)
 NOTHING = "No GPU has been measured yet, so there is no figure.\n"
+MIB = 2**20
 
 # What the README shows, on a GPU: (operator, shape, dtype)
 HEADLINES = (
@@ -166,10 +169,7 @@ def serving(paths):
         rows = json.loads(path.read_text())
         header = ("way", "tokens/s:", "times one by one:", "times transformers paged:")
         header += ("first token, s:", "between tokens, ms:", "KV held / used:", "tokens as one by one")
-        about = rows[0]["environment"]
-        versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "commit"))
-        where = f"{about['device']}, {about['threads']} threads, {versions}, {about['date'][:10]}"
-        text += f"{rows[0]['shape']}; {rows[0]['dtype']}. {where}.\n\n"
+        text += f"{rows[0]['shape']}; {rows[0]['dtype']}. {machine(rows[0]['environment'])}.\n\n"
         text += markdown(header, [line_of_way(row) for row in rows]) + "\n"
     return text
 
@@ -183,6 +183,60 @@ def line_of_way(row):
         f"{between_tokens['p50'] * 1e3:.0f}, {between_tokens['p95'] * 1e3:.0f}", f"{row['kv']['held_over_used']:.3f}",
         "all equal" if row["tokens_equal"] else "differ",
     ]  # fmt: skip
+
+
+def machine(about):
+    """Device, versions, commit and date of a command that runs a model, as text."""
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "commit"))
+    threads = f"{about['threads']} thread" + ("s" if about["threads"] > 1 else "")
+    return f"{about['device']}, {threads}, {versions}, {about['date'][:10]}"
+
+
+def accuracy(paths):
+    """A table for each run of `fusedops bench accuracy`, a line for each way to hold the weights."""
+    text = ""
+    for path in paths:
+        told = json.loads(path.read_text())
+        dtype = told["environment"]["dtype"]
+        text += (
+            f"{told['model']}, {told['tokens']} tokens in windows of {told['window']} of {told['text']['source']} "
+            f"(SHA-256 {told['text']['sha256'][:12]}…); quantised models compute in {dtype}. "
+            f"{machine(told['environment'])}.\n\n"
+        )
+        header = ("weights, activations", "perplexity:", "change:", "goal:", "converted layers, MiB:", "of bfloat16's:")
+        text += markdown(header, [line_of_weights(row) for row in told["rows"]]) + "\n"
+    return text or "Not measured yet.\n"
+
+
+def line_of_weights(row):
+    """One line of an accuracy table."""
+    goal = "" if row["goal"] is None else f"{row['goal']:.1%}, {'met' if row['goal_met'] else 'missed'}"
+    size, whole = row["weight_bytes"], row["weights"]
+    return [
+        row["label"], "" if row["perplexity"] is None else f"{row['perplexity']:.3f}",
+        "" if row["change"] is None else f"{row['change']:+.2%}", goal,
+        "" if size is None else f"{size / MIB:.1f}", "" if size is None else f"{size / (2 * whole):.2f}",
+    ]  # fmt: skip
+
+
+def quantized_demo(paths):
+    """A table for each run of `fusedops demo --quantize`, a line for each model in it."""
+    text = ""
+    for path in paths:
+        told = json.loads(path.read_text())
+        of, ratios = told["quantized"], told["times_as_fast_as"]
+        text += (
+            f"{told['model']} in {told['dtype']}, {of['scheme']}: {of['layers']} layers converted, "
+            f"{of['weight_bytes'] / MIB:.1f} MiB, {of['times_bfloat16']:.2f} of bfloat16's. {machine(told)}.\n\n"
+        )
+        header = ("model", "first token, ms:", "between tokens, ms:", "tokens/s:", "quantised, times as fast:")
+        lines = []
+        for name, one in told["summary"].items():
+            ratio = f"{ratios[name]['between_tokens']:.2f}" if name in ratios else ""
+            first, between = (f"{one[key] * 1e3:.1f}" for key in ("first_token", "between_tokens"))
+            lines.append([name, first, between, f"{one['tokens_per_second']:.1f}", ratio])
+        text += markdown(header, lines) + "\n"
+    return text or "Not measured yet.\n"
 
 
 def slug(device):
@@ -199,6 +253,8 @@ def updated(text, rows):
     served = sorted(SERVING.glob("*.json"))
     makers = {"summary": summary, "tables": tables}
     makers |= {"serving": lambda rows: serving(served), "served": lambda rows: serving(served[:1])}
+    makers["accuracy"] = lambda rows: accuracy(sorted(ACCURACY.glob("*.json")))
+    makers["quantized"] = lambda rows: quantized_demo(sorted(DEMO.glob("*.json")))
     names = [name for _, name, _ in BLOCK.findall(text)]
     if not names or set(names) - set(makers):
         raise ValueError(f"report: a page must have tables named {' or '.join(makers)}, found {names}")

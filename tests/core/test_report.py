@@ -101,6 +101,48 @@ def test_the_newest_row_counts(report, tmp_path):
     assert [(r["op"], r["seconds"]) for r in rows] == [("rms_norm", 1e-4), ("rotary", 2e-4)]
 
 
+MACHINE = {"device": "A CPU", "threads": 1, "torch": "2.13", "transformers": "5.1", "commit": "abc", "date": DATE}
+
+
+def test_tables_of_accuracy(report, tmp_path):
+    row_of = {"error": None, "weights": 2**21, "seconds": 1.0, "layers": 3}
+    told = {
+        "model": "tiny", "tokens": 4096, "window": 512, "environment": {**MACHINE, "dtype": "bfloat16"},
+        "text": {"source": "words.txt", "sha256": "0123456789abcdef"},
+        "rows": [
+            {"label": "float32", "perplexity": 20.0, "change": 0.0, "goal": None, "goal_met": None,
+             "weight_bytes": 2**23, **row_of},
+            {"label": "int8 W8A8", "perplexity": 20.7, "change": 0.035, "goal": 0.025, "goal_met": False,
+             "weight_bytes": 2**21, **row_of},
+            {"label": "fp8", "perplexity": None, "change": None, "goal": 0.025, "goal_met": False, **row_of,
+             "weight_bytes": None, "weights": None},
+        ],
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    text = report.accuracy([tmp_path / "a.json"])
+    assert "tiny, 4096 tokens in windows of 512 of words.txt (SHA-256 0123456789ab…)" in text
+    assert "compute in bfloat16. A CPU, 1 thread, torch 2.13, transformers 5.1, commit abc, 2026-01-02." in text
+    assert "| float32 | 20.000 | +0.00% |  | 8.0 | 2.00 |" in text
+    assert "| int8 W8A8 | 20.700 | +3.50% | 2.5%, missed | 2.0 | 0.50 |" in text
+    assert "| fp8 |  |  | 2.5%, missed |  |  |" in text
+    assert report.accuracy([]) == "Not measured yet.\n"
+
+
+def test_tables_of_the_quantised_demo(report, tmp_path):
+    one = {"first_token": 0.05, "between_tokens": 0.02, "tokens_per_second": 48.76}
+    told = {
+        "model": "tiny", **MACHINE, "threads": 2, "dtype": "bfloat16",
+        "quantized": {"scheme": "fp8", "layers": 14, "weight_bytes": 2**21, "times_bfloat16": 0.504},
+        "summary": {"unpatched": one, "quantized": {**one, "between_tokens": 0.01}},
+        "times_as_fast_as": {"unpatched": {"between_tokens": 2.0}},
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    text = report.quantized_demo([tmp_path / "a.json"])
+    assert "tiny in bfloat16, fp8: 14 layers converted, 2.0 MiB, 0.50 of bfloat16's. A CPU, 2 threads, torch" in text
+    assert "| unpatched | 50.0 | 20.0 | 48.8 | 2.00 |" in text and "| quantized | 50.0 | 10.0 | 48.8 |  |" in text
+    assert report.quantized_demo([]) == "Not measured yet.\n"
+
+
 @pytest.mark.parametrize("page", ["no table", "<!-- results: nonsense -->\n<!-- results end -->"])
 def test_a_page_without_a_known_table_is_refused(report, page):
     with pytest.raises(ValueError, match="must have tables named summary or tables"):
