@@ -22,6 +22,7 @@ from fusedops._core.files import write_whole
 from fusedops._core.inspection_table import lines
 from fusedops._core.occupancy import Occupancy, occupancy
 from fusedops._core.register import operators
+from fusedops._core.tuning import forced, observed
 
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are multiples of it, or not
 DEFAULT_TARGET = "sm_90a"  # where no GPU is at hand
@@ -115,7 +116,7 @@ class Inspection:
         return "\n".join(lines([self]))
 
 
-def inspect(op, /, *args, target=None, backward=False, **kwargs):
+def inspect(op, /, *args, target=None, backward=False, config=None, **kwargs):
     """Tell which kernels a call launches on a GPU and what they are made of. No GPU is needed, and nothing is run.
 
     Each launch is compiled for the target and its machine code read: registers, stack, spills, shared memory,
@@ -127,12 +128,15 @@ def inspect(op, /, *args, target=None, backward=False, **kwargs):
         *args, **kwargs: The arguments of the call. Tensors on the ``meta`` device are enough.
         target: A named GPU (``"sm_80"``, ``"sm_90a"``, ...). None: the GPU at hand, without one ``"sm_90a"``.
         backward: Inspect what differentiating the call launches instead.
+        config: Parameters of the kernel's configuration to take other values than the call would give them, by name,
+            such as ``{"block_m": 64, "num_warps": 4}``.
 
     Returns:
         Inspection; ``print`` it for a table.
 
     Raises:
-        ValueError: `op` or `target` is not a known name, the operator refuses the arguments, or no kernel is launched.
+        ValueError: `op` or `target` is not a known name, the operator refuses the arguments, no kernel is launched, or
+            `config` is none that the kernel takes and the device holds.
         NotImplementedError: `backward`, and the operator has no derivative.
         RuntimeError: triton was imported with TRITON_INTERPRET=1, or cannot compile.
     """
@@ -142,14 +146,12 @@ def inspect(op, /, *args, target=None, backward=False, **kwargs):
         raise ValueError(f"inspect: op must be one of {', '.join(fusedops.OPERATORS)}, got {op!r}")
     device_limits = limits_named(target)
     calls = operator_calls(getattr(fusedops, op), args, kwargs, backward)
-    kernels = [
-        _inspected(launch, device_limits)
-        for operator, arguments in calls
-        for launch in record(operator, arguments, device_limits)
-    ]
+    with _configured(calls, device_limits, config):
+        recorded = [record(operator, arguments, device_limits) for operator, arguments in calls]
+        configs = tuple(config_of(operator, arguments, device_limits) for operator, arguments in calls)
+    kernels = [_inspected(launch, device_limits) for launches in recorded for launch in launches]
     if not kernels:
         raise ValueError(f"inspect: {op} must launch a kernel, the call launches none (is a tensor empty?)")
-    configs = tuple(config_of(operator, arguments, device_limits) for operator, arguments in calls)
     silent = [operator.name for operator, _ in calls if operator.cost is None]
     num_bytes = operations = bound = None
     missing = f"{', '.join(silent)} does not say what it moves" if silent else roofline.rejection(device_limits)
@@ -188,8 +190,10 @@ class _Recorder(TorchDispatchMode):
 
 def operator_calls(function, args, kwargs, backward=False):
     """(Operator, arguments) of every operator that a public call reaches, or that its derivative does."""
-    args = tuple(_without_memory(arg, backward) for arg in args)
-    kwargs = {name: _without_memory(arg, backward) for name, arg in kwargs.items()}
+    args = [_without_memory(arg) for arg in args]
+    kwargs = {name: _without_memory(arg) for name, arg in kwargs.items()}
+    if backward:  # one is enough: a derivative computes all gradients at once
+        args[0].requires_grad_()
     with torch.set_grad_enabled(backward), _Recorder() as recorder:
         outputs = function(*args, **kwargs)
         if backward:
@@ -203,7 +207,7 @@ def operator_calls(function, args, kwargs, backward=False):
     return [(registry.get(name) or registry[name.removesuffix("_out")], found) for name, found in recorder.calls]
 
 
-def _without_memory(arg, differentiate):
+def _without_memory(arg):
     """A tensor like this one on the meta device: shape, strides, dtype, and whether its address is aligned."""
     if not isinstance(arg, torch.Tensor):
         return arg
@@ -212,7 +216,7 @@ def _without_memory(arg, differentiate):
         reach = sum((size - 1) * stride for size, stride in zip(arg.shape, arg.stride()) if size)
         room = torch.empty(offset + reach + 1, dtype=arg.dtype, device="meta")
         arg = room.as_strided(arg.shape, arg.stride(), offset)
-    return arg.detach().requires_grad_(differentiate and arg.is_floating_point() and arg.element_size() > 1)
+    return arg.detach()
 
 
 def record(operator, args, device_limits):
@@ -245,6 +249,33 @@ def config_of(operator, args, device_limits):
     if describe is None or operator.example is None:  # of a derivative the launcher alone knows it
         return operator.name
     return f"{operator.name} {describe(operator.name, device_limits, *args)}"
+
+
+def _configured(calls, device_limits, values):
+    """A block in which the kernel of these calls that has such parameters takes these values."""
+    if not values:
+        return contextlib.nullcontext()
+    with observed() as choices:
+        for operator, arguments in calls:
+            record(operator, arguments, device_limits)
+    for choice in choices:
+        if values.keys() <= choice.tunable.space.keys():
+            tunable = choice.tunable
+            whole = tunable.values(choice.config) | dict(values)
+            config = tunable.from_values(whole, choice.fields, device_limits)
+            if config is None:
+                legal = "; ".join(f"{name} of {', '.join(map(str, of))}" for name, of in tunable.space.items())
+                raise ValueError(
+                    f"inspect: config must be one that {device_limits.name} holds and the kernel takes ({legal}), got "
+                    f"{_as_text(whole)}"
+                )
+            return forced(tunable, config)
+    known = "; ".join(dict.fromkeys(", ".join(choice.tunable.space) for choice in choices)) or "none for this call"
+    raise ValueError(f"inspect: config must name parameters of the kernel ({known}), got {_as_text(values)}")
+
+
+def _as_text(values):
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _inspected(launch, device_limits):

@@ -94,10 +94,11 @@ def occupancy(capability, num_warps, registers, shared_bytes):
     max_warps = device.threads // WARP
     limits = {
         "registers": warps_of_partition * PARTITIONS // num_warps,
-        "shared memory": device.shared // block_shared if block_shared else device.blocks,
         "threads": max_warps // num_warps,
         "blocks": device.blocks,
     }
+    if block_shared:
+        limits["shared memory"] = device.shared // block_shared
     if warp_registers * _rounded(num_warps, PARTITIONS) > REGISTERS or registers > MAX_THREAD_REGISTERS:
         limits["registers"] = 0
     programs = min(limits.values())
