@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusedops
-from fusedops._core import inspection
+from fusedops._core import inspection, tuning
 from fusedops._core.device import MIN_CAPABILITY, MIN_FP8_CAPABILITY, TARGETS
 from fusedops._core.occupancy import MAX_BLOCK_THREADS, MAX_GRID, MAX_THREAD_REGISTERS, REGISTERS
 from fusedops.ops.attention import _triton as attention
@@ -299,7 +299,9 @@ def test_a_default_that_does_not_fit_is_found(monkeypatch):
     for arch, fits in (("sm_86", False), ("sm_80", True)):
         with monkeypatch.context() as patch:
             patch.setattr(attention, "default", lambda *fields: real(*fields[:-1], TARGETS["sm_90a"]))
+            tuning.forget()  # answers are remembered, also those of a patched default
             found = wrong_with("attention", operator, args, TARGETS[arch])
+        tuning.forget()
         assert fits == (not found) and all("bytes of shared memory" in what for what in found)
     assert not wrong_with("attention", operator, args, TARGETS["sm_86"])
 
