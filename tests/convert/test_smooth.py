@@ -171,19 +171,33 @@ def test_outliers(family):
 
 def test_factors():
     """``largest x**alpha / largest w**(1 - alpha)`` over all linears that share the input, around 1."""
-    model, x = encoder(), torch.randn(4, 9, 48)
+    model, x = encoder(), torch.randn(4, 9, 48)  # some channels are largest in the first batch, some in the second
     with torch.no_grad():
         model.first.weight[5] = 30.0
         model.first.weight[6] = 0.0
         model.first.bias[6] = 0.0  # never anything but 0: there is nothing to move
         largest = model.first(x).abs().amax((0, 1))
     weight, before = model.mix.weight.detach().abs().amax(0), model.first.weight.detach().clone()
-    fusedops.quantize_(model, "int8", calibration=[x], smoothing=0.7)
+    fusedops.quantize_(model, "int8", calibration=[x[:2], x[2:]], smoothing=0.7)
     expected = largest**0.7 / weight**0.3
     used = torch.arange(48) != 6
     expected /= expected[used].log().mean().exp()
     torch.testing.assert_close((before / model.first.weight)[used], expected[used])
     assert model.first.weight[6] == 0
+
+
+def test_factors_of_heads_that_share_a_value(exact):
+    """A channel of v has the largest range of all heads that read it, and the largest weight."""
+    model, ids, given = model_of("llama"), tokens(), []
+    output = model.model.layers[0].self_attn.o_proj
+    with output.register_forward_pre_hook(lambda module, args: given.append(args[0])):
+        logits(model, ids)
+    x, w = (tensor.detach().flatten(0, -2).abs().amax(0).view(2, 2, 16) for tensor in (given[0], output.weight))
+    expected = (x.amax(1) / w.amax(1)).sqrt()  # of 2 values, each for 2 heads
+    expected /= expected.log().mean().exp()
+    report = fusedops.quantize_(model, exact, calibration=[ids]).report
+    (place,) = [p for p in report.folded if p.consumers == ("model.layers.0.self_attn.o_proj",)]
+    assert (place.largest, place.smallest) == pytest.approx((float(expected.max()), float(expected.min())), rel=1e-4)
 
 
 def test_smoothing_is_left_out():
