@@ -12,3 +12,9 @@ def activate_(x, activation):
     if activation is not None:
         return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
     return x
+
+
+def gate_pairs(x, activation):
+    """``activation(gate) * up`` of rows in which each gate stands before its up."""
+    gate, up = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return activate_(gate.contiguous(), activation).mul_(up)

@@ -206,6 +206,24 @@ def check_activation(op, activation):
     check_choice(op, "activation", activation, (None, *ACTIVATIONS))
 
 
+def check_gated(op, gated, activation, size, residual):
+    """Raise where a matmul's weight of `size` rows is no pairs of gate and up, though `gated` says so.
+
+    That takes an activation, and a residual of half as many columns.
+    """
+    if not isinstance(gated, bool):
+        raise TypeError(f"{op}: gated must be a bool, got {type(gated).__name__}")
+    if not gated:
+        return
+    if activation is None:
+        check_choice(op, "activation of gated pairs", activation, ACTIVATIONS)
+    if size % 2:
+        raise ValueError(f"{op}: N must be even where gated=True, got {size}")
+    if residual is not None and 2 * residual.shape[-1] != size:
+        got = list(residual.shape)
+        raise ValueError(f"{op}: residual must have N / 2 columns where gated=True, N={size}, got {got}")
+
+
 def check_scale_values(op, name, scale):
     """Raise ValueError where a scale is not finite and above 0; it reads the tensor, so it is for level 2 alone."""
     bad = ~(scale.isfinite() & (scale > 0))

@@ -41,6 +41,36 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def paired_rows(rows):
+    """Which row of a matrix each row of a tile is read from, so that 2i and 2i + 1 reach one thread.
+
+    Where the tile's rows are those of a product, a thread of the tensor cores has its rows i and i + 8 of every 16.
+    """
+    return rows // 16 * 16 + rows % 8 * 2 + rows // 8 % 2
+
+
+@triton.jit
+def split_paired_rows(acc):
+    """Rows 2i and rows 2i + 1 of a product whose tile was read by `paired_rows`; no number changes its thread."""
+    HALF: tl.constexpr = acc.shape[0] // 2
+    COLUMNS: tl.constexpr = acc.shape[1]
+    even, odd = tl.split(acc.reshape(HALF // 8, 2, 8, COLUMNS).permute(0, 2, 3, 1))
+    return even.reshape(HALF, COLUMNS), odd.reshape(HALF, COLUMNS)
+
+
+@triton.jit
+def split_columns(acc):
+    """Columns 2i and columns 2i + 1 of a product, which stand in one thread of the tensor cores."""
+    return tl.split(acc.reshape(acc.shape[0], acc.shape[1] // 2, 2))
+
+
+@triton.jit
+def times(x, y):
+    """x * y, rounded, whatever is added behind: compilers would make one rounding of both where they stand together."""
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def size_bits(x):
     """Absolute values as bits, whose order as integers is that of the values; those of NaN are the largest."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF

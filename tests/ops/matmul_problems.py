@@ -42,7 +42,8 @@ class Call:
     def truth(self):
         """In float64 from the same operands."""
         a, b, *scales = self.args
-        full = {"bias": None, "out_dtype": torch.bfloat16, "activation": None, "residual": None, **self.options}
+        full = {"bias": None, "out_dtype": torch.bfloat16, "activation": None, "residual": None, "gated": False}
+        full |= self.options
         return reference.int8_matmul(a, b, *(scale.double() for scale in scales), *full.values())
 
     def rows(self, chosen):
@@ -56,9 +57,10 @@ class Call:
 
 def call_of(
     op, rows=5, columns=70, depth=300, kinds=("row", "row"), seed=0, out_dtype=torch.float32, bias=None,
-    activation=None, residual=False, layouts=("contiguous",) * 3, magnitude=100.0,
+    activation=None, residual=False, layouts=("contiguous",) * 3, magnitude=100.0, gated=False,
 ):  # fmt: skip
-    """A seeded call. bias is None or its dtype; magnitude that of the codes."""
+    """A seeded call. bias is None or its dtype; magnitude that of the codes. Gated pairs are about 1, so that theirs
+    is a product in the range of every dtype."""
     dtype = OPERATORS[op]
     a = codes((rows, depth), dtype, seed, magnitude, layouts[0])
     b = codes((columns, depth), dtype, seed + 1, magnitude, layouts[1])
@@ -66,11 +68,14 @@ def call_of(
     # Both are as large as a product, so that nothing of them is lost in its last bits.
     size = depth**0.5 * magnitude**2
     options = {"out_dtype": out_dtype, "activation": activation}
+    if gated:
+        options["gated"] = True
+        scales, size = (scales[0] / size, scales[1]), 1.0
     if bias is not None:
         options["bias"] = make_tensor((columns,), torch.float32, seed=seed + 2, magnitude=min(size, 1e4)).to(bias)
     if residual:
         options["residual"] = make_tensor(
-            (rows, columns), out_dtype, seed=seed + 3, magnitude=min(size, 1e4), layout=layouts[2]
+            (rows, columns // (1 + gated)), out_dtype, seed=seed + 3, magnitude=min(size, 1e4), layout=layouts[2]
         )
     return Call(op, (a, b, *scales), options)
 
@@ -80,17 +85,19 @@ def calls(draw, op):
     """Sizes on both sides of tiles, blocks and vectors."""
     layouts = [draw(strategies.layouts(2)) for _ in range(3)]
     out_dtype = draw(st.sampled_from(DTYPES))
+    gated = draw(st.booleans())
     return call_of(
         op,
         draw(st.sampled_from([0, 1, 2, 7, 16, 33, 64, 65, 70])),
-        draw(st.sampled_from([1, 7, 16, 64, 65, 129])),
+        draw(st.sampled_from([2, 14, 64, 66, 130] if gated else [1, 7, 16, 64, 65, 129])),
         draw(st.sampled_from([1, 15, 16, 100, 128, 129, 256, 1040])),
         [draw(st.sampled_from(GRANULARITIES[op])) for _ in "ab"],
         draw(strategies.seeds()),
         out_dtype,
         draw(st.sampled_from([None, out_dtype, torch.float32])),
-        draw(st.sampled_from([None, *ACTIVATIONS])),
+        draw(st.sampled_from(ACTIVATIONS if gated else [None, *ACTIVATIONS])),
         draw(st.booleans()),
         layouts,
         draw(st.sampled_from([1.0, 3.0])) if out_dtype == torch.float16 else draw(st.sampled_from([1.0, 100.0])),
+        gated,
     )

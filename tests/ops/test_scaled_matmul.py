@@ -53,11 +53,12 @@ def test_small_integers_are_exact(rows, implementation, op):
     """Sums of small integers are exact in every order."""
     scales = torch.tensor([0.5, 2.0, 4.0]), torch.tensor([0.25, 1.0])
     depth = 1104 if rows == 5 else 304  # of few rows two programs share it
-    call = call_of(op, rows, 130, depth, magnitude=2.0, bias=torch.float32, residual=True)
+    gated = (op == "int8_matmul") == (rows == 5)
+    call = call_of(op, rows, 130, depth, magnitude=2.0, bias=torch.float32, residual=True, gated=gated)
     a, b, _, _ = call.args
     a, b = (x.float().round().clamp(-2, 2).to(OPERATORS[op]) for x in (a, b))
     call.args = a, b, scales[0].repeat(rows)[:rows], scales[1].repeat(65)
-    call.options |= {name: call.options[name].round() for name in ("bias", "residual")}
+    call.options |= {name: (4 * call.options[name]).round() for name in ("bias", "residual")}
     call.options["activation"] = "relu"
     with using(implementation):
         assert torch.equal(call.run().double(), call.truth())
@@ -77,14 +78,19 @@ def test_blocks_get_their_own_scales(kinds, rows, implementation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_every_epilogue_is_exact_where_it_can_be(activation, dtype, implementation, op):
-    """At multiples of 128 every activation gives its argument or 0."""
-    call = call_of(op, 3, 17, 40, magnitude=2.0, out_dtype=dtype, bias=dtype, residual=True, activation=activation)
+    """At multiples of 128 every activation gives its argument or 0. Of pairs the gates are such, the ups small."""
+    call = call_of(op, 3, 18, 40, magnitude=2.0, out_dtype=dtype, bias=dtype, residual=True, activation=activation)
     a, b, _, _ = call.args
     a, b = (x.float().round().clamp(-2, 2).to(OPERATORS[op]) for x in (a, b))
-    call.args = a, b, torch.tensor(16.0), torch.full((17,), 8.0)
-    call.options["bias"] = (128 * torch.arange(-8, 9)).to(dtype)
+    call.args = a, b, torch.tensor(16.0), torch.full((18,), 8.0)
+    call.options["bias"] = (128 * torch.arange(-9, 9)).to(dtype)
     call.options["residual"] = call.options["residual"].round().clamp(-9, 9)
     with using(implementation):
+        assert torch.equal(call.run(), call.truth().to(dtype))
+        if activation is None:
+            return
+        call.args = *call.args[:3], torch.tensor([8.0, 1 / 16]).repeat(9)
+        call.options |= {"residual": call.options["residual"][:, 9:], "gated": True}
         assert torch.equal(call.run(), call.truth().to(dtype))
 
 
@@ -307,7 +313,7 @@ def test_level_2_reads_the_scales(bad):
 @BOTH
 def test_opcheck(op):
     call = call_of(op, 3, 5, 40, bias=torch.float32, residual=True)
-    args = *call.args, call.options["bias"], torch.float32, "gelu", call.options["residual"]
+    args = *call.args, call.options["bias"], torch.float32, "gelu", call.options["residual"], False
     opcheck(op, *args)
 
 
@@ -316,7 +322,7 @@ def test_opcheck(op):
 def test_fake_strides_are_the_real_ones(layout, op):
     a, b = codes((4, 33), OPERATORS[op], 0, layout=layout), codes((6, 33), OPERATORS[op], 1, layout=layout)
     scales = scale_of("row", 4, 1, 33, 0), scale_of("one", 6, 128, 33, 1)
-    assert_fake_like_real(op, a, b, *scales, None, torch.float16, None, None)
+    assert_fake_like_real(op, a, b, *scales, None, torch.float16, None, None, False)
 
 
 @BOTH

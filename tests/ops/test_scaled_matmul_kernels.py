@@ -79,6 +79,7 @@ def test_splits_do_not_depend_on_the_rows():
 
 HOPPER = [
     ("int8_matmul", (150, 600, 656), ("row", "row"), torch.bfloat16),  # halves of 256 columns, two rounds, a rest of K
+    ("int8_matmul", (130, 300, 272), ("row", "one"), torch.float32),
     ("fp8_matmul", (200, 300, 1040), ("block", "block"), torch.bfloat16),
     ("fp8_matmul", (70, 129, 144), ("one", "row"), torch.float32),  # an odd number of columns
 ]
@@ -90,7 +91,7 @@ def test_tiles_of_the_hopper_kernel(op, sizes, kinds, dtype):
     """More tiles than programs, so that the ring goes round, and rows, columns and depth that end inside a tile."""
     call = call_of(
         op, *sizes, kinds, out_dtype=dtype, bias=torch.float32, activation="gelu_tanh", residual=True,
-        layouts=("sliced", "contiguous", "offset:3"),
+        layouts=("sliced", "contiguous", "offset:3"), gated=sizes[1] % 2 == 0,
     )  # fmt: skip
     assert hopper_launch.rejection(TARGETS["sm_90a"], *call.args[:2]) is None
     with using("emulate-sm_90a"):
@@ -141,6 +142,23 @@ def kinds_of(machine_code, target, kernel):
 )
 def test_products_run_on_the_tensor_cores(machine_code, target, kernel, of_int, of_float):
     assert kinds_of(machine_code, target, kernel) == {"int": of_int, "float": of_float}
+
+
+@pytest.mark.compile
+def test_a_pair_stays_in_its_thread(machine_code):
+    """Only the result, in float32 at most, passes through the shared memory on its way to wide stores; no shuffles."""
+    seen = set()
+    for row, constants, report in machine_code:
+        if constants["GATED"] == "True" and "combine" not in row["kernel"] and row["target"] in ("sm_80", "sm_90a"):
+            tile = int(constants.get("BLOCK_M", hopper_launch.BLOCK_M)) * int(constants["BLOCK_N"]) // 2
+            threads = 32 * report.num_warps
+            if "hopper" in row["kernel"]:
+                threads = 128  # of a warpgroup, whose code stands there twice
+            stored = threads * (16 * report.count("STS", "128") + 8 * report.count("STS", "64"))
+            stored += threads * 4 * sum(n for name, n in report.instructions.items() if name in ("STS", "STSM"))
+            assert 0 < stored <= 4.5 * tile and not report.count("SHFL", "BFLY"), (row, stored, tile)
+            seen.add((row["target"], row["kernel"]))
+    assert len(seen) == 4
 
 
 @pytest.mark.compile

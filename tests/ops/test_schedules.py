@@ -93,17 +93,18 @@ def quantize(function, shape=(3, 300), tensors=1, **options):
     return torch.cat([codes.float().flatten(), scale.flatten()]), ()
 
 
-def multiply(op, kind, *sizes):
+def multiply(op, kind, *sizes, gated=False):
     """With bias, activation and residual; a ring of tiles goes round at four programs."""
-    call = call_of(op, *sizes, (kind, kind), 0, DTYPE, DTYPE, "silu", True)
+    call = call_of(op, *sizes, (kind, kind), 0, DTYPE, DTYPE, "silu", True, gated=gated)
     return call.run(), ()
 
 
-def weigh(rows, kind, columns=600):
+def weigh(rows, kind, columns=600, gated=False):
     """By weights of 40 rows; few rows of x and long ones of the weight are summed in parts."""
     values, scale, zero = weight_of(kind, 40, columns, group=64)
-    x, bias, residual = (make_tensor(shape, DTYPE, seed=1) for shape in ((rows, columns), (40,), (rows, 40)))
-    options = {"zero": zero, "bias": bias, "residual": residual, "activation": "silu"}
+    shapes = (rows, columns), (40,), (rows, 40 // (1 + gated))
+    x, bias, residual = (make_tensor(shape, DTYPE, seed=1) for shape in shapes)
+    options = {"zero": zero, "bias": bias, "residual": residual, "activation": "silu", "gated": gated}
     return fusedops.weight_only_matmul(x, values, scale, **options), ()
 
 
@@ -137,13 +138,14 @@ CALLS = {
         fusedops.add_rms_norm_quantized, (2, 16400), 2, weight=None, dtype=torch.float8_e4m3fn
     ),
     "silu_mul_quantized": lambda: quantize(fusedops.silu_mul_quantized, tensors=2),
-    "int8_matmul, few rows": lambda: multiply("int8_matmul", "row", 5, 70, 1040),
+    "int8_matmul, few rows, pairs": lambda: multiply("int8_matmul", "row", 5, 70, 1040, gated=True),
     "int8_matmul, tiles": lambda: multiply("int8_matmul", "row", 150, 300, 656),
     "fp8_matmul, few rows": lambda: multiply("fp8_matmul", "block", 5, 70, 1040),
-    "fp8_matmul, tiles": lambda: multiply("fp8_matmul", "block", 150, 300, 912),
+    "fp8_matmul, few rows, pairs": lambda: multiply("fp8_matmul", "block", 5, 70, 400, gated=True),
+    "fp8_matmul, tiles, pairs": lambda: multiply("fp8_matmul", "block", 150, 300, 912, gated=True),
     "weight_only_matmul, one row": lambda: weigh(1, "int8 row", 1100),
-    "weight_only_matmul, float8": lambda: weigh(17, "fp8 block", 200),
-    "weight_only_matmul, 4 bits": lambda: weigh(3, "int4 group"),
+    "weight_only_matmul, float8, pairs": lambda: weigh(17, "fp8 block", 200, gated=True),
+    "weight_only_matmul, 4 bits, pairs": lambda: weigh(3, "int4 group", gated=True),
     "weight_only_matmul, many rows": lambda: weigh(70, "int8 row", 130),
     "quantize_int4": four_bits,
     "rotary_write_kv_cache": lambda: write(fusedops.rotary_write_kv_cache, *(t[0] for t in angles(5, 64, DTYPE))),

@@ -29,22 +29,24 @@ def test_accuracy(implementation, sizes, kind, group, dtype, data):
     M, N, K = sizes
     seed = data.draw(strategies.seeds())
     values, scale, zero = weight_of(kind, N, K, group, seed)
-    x = make_tensor((M, K), dtype, seed=seed, magnitude=data.draw(strategies.magnitudes()),
-                    layout=data.draw(strategies.layouts()))  # fmt: skip
+    magnitude = data.draw(strategies.magnitudes())
+    x = make_tensor((M, K), dtype, seed=seed, magnitude=magnitude, layout=data.draw(strategies.layouts()))
     if data.draw(st.booleans()):
         values, pad = spread(values, 3), 1
         scale = spread(scale, pad) if scale.dim() == 2 else scale
     scale = scale.to(data.draw(st.sampled_from([dtype, torch.float32])))
     options = {"zero": zero, "activation": data.draw(st.sampled_from(ACTIVATIONS))}
+    options["gated"] = gated = N % 2 == 0 and options["activation"] is not None and magnitude <= 1.0
     if data.draw(st.booleans()):
         options["bias"] = make_tensor((N,), data.draw(st.sampled_from([dtype, torch.float32])), seed=seed + 5)
     if data.draw(st.booleans()):
-        options["residual"] = make_tensor((M, N), dtype, seed=seed + 6, layout=data.draw(strategies.layouts()))
+        width, layout = N // (1 + gated), data.draw(strategies.layouts())
+        options["residual"] = make_tensor((M, width), dtype, seed=seed + 6, layout=layout)
     with using(implementation):
         out = weight_only_matmul(x, values, scale, **options)
     truth = truth_of(x, values, scale, **options)
     assert out.is_contiguous() and out.dtype == dtype
-    budget = budget_of(implementation, x, values, scale, zero, truth)
+    budget = budget_of(implementation, x, values, scale, zero, truth, options.get("bias"), options["activation"])
     assert_accurate(out, truth, budget=budget, zeros=False)  # terms that are rounded may cancel
 
 
@@ -59,6 +61,31 @@ def test_whole_numbers_are_exact(implementation, kind):
         with using(implementation):
             out = weight_only_matmul(x, values, scale, **options)
         assert torch.equal(out, truth_of(x, values, scale, **options).to(dtype)), dtype
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["int8 row", "int8 block", "fp8 row", "int4 group"])
+def test_every_epilogue_is_exact_where_it_can_be(kind, implementation):
+    """At multiples of 128 every activation gives its argument or 0. Of pairs the gates are such, the ups small."""
+    stored, granularity = kind.split()
+    values, scale, _ = weight_of(kind, 18, 40, seed=3, codes=None if stored == "int4" else 2)
+    scale, ups = torch.full_like(scale, 128.0), torch.tensor([1.0, 1 / 128]).repeat(9)
+    zero = None if stored != "int4" else torch.full_like(scale, 7 * 16, dtype=torch.uint8)
+    residual = ints((3, 18), -9, 9, 2)
+    for dtype in DTYPES:
+        x = ints((3, 40), -1, 1, 1, dtype)
+        tables = {"zero": zero, "bias": (128 * torch.arange(-9, 9)).to(dtype), "residual": residual.to(dtype)}
+        with using(implementation):
+            for activation in ACTIVATIONS:
+                options = {**tables, "activation": activation}
+                out = weight_only_matmul(x, values, scale, **options)
+                assert torch.equal(out, truth_of(x, values, scale, **options).to(dtype)), (dtype, activation)
+                if activation is None or granularity == "block":
+                    continue
+                paired = scale * (ups if scale.dim() == 1 else ups[:, None])
+                options |= {"gated": True, "residual": options["residual"][:, 9:]}
+                out = weight_only_matmul(x, values, paired, **options)
+                assert torch.equal(out, truth_of(x, values, paired, **options).to(dtype)), (dtype, activation)
 
 
 @EVERY_IMPLEMENTATION

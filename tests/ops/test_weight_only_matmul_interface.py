@@ -149,14 +149,14 @@ def test_no_derivative():
 
 def test_opcheck():
     residual = torch.ones(2, 6)
-    opcheck("weight_only_matmul", X, V8, S1, None, S1, residual, "silu")
-    opcheck("weight_only_matmul", X.bfloat16(), V4, S4, Z4, None, None, None)
+    opcheck("weight_only_matmul", X, V8, S1, None, S1, residual, "silu", False)
+    opcheck("weight_only_matmul", X.bfloat16(), V4, S4, Z4, None, None, None, False)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "padded"])
 def test_fake_strides_are_the_real_ones(layout):
     x = make_tensor((2, 3, 100), torch.float32, seed=0, layout=layout)
-    assert_fake_like_real("weight_only_matmul", x, V8, S1, None, None, None, None)
+    assert_fake_like_real("weight_only_matmul", x, V8, S1, None, None, None, None, False)
 
 
 def test_torch_compile():

@@ -58,14 +58,25 @@ def wide(value):
     return value.double() if is_wide else value
 
 
-def truth_of(x, values, scale, zero=None, bias=None, activation=None, residual=None):
-    return reference.weight_only_matmul(*map(wide, (x, values, scale, zero, bias, residual)), activation)
+def truth_of(x, values, scale, zero=None, bias=None, activation=None, residual=None, gated=False):
+    return reference.weight_only_matmul(*map(wide, (x, values, scale, zero, bias, residual)), activation, gated)
 
 
-def budget_of(implementation, x, values, scale, zero, truth):
-    """torch's product with int8 weights rounds to bfloat16 by itself: a rounding more, and one more before a scale."""
+def budget_of(implementation, x, values, scale, zero, truth, bias=None, activation=None):
+    """torch's product with int8 weights rounds to bfloat16 by itself: a rounding more, and one more before a scale.
+
+    Of gated pairs what either of the two loses is multiplied by the other. Where 1 + erf or tanh cancel, float32 loses
+    the last bits of 1: all that there is, where the result is one number.
+    """
+    if x.dtype == torch.float32 and activation in ("gelu", "gelu_tanh") and truth.any():
+        pairs = truth_of(x, values, scale, zero, bias).abs()
+        lost = pairs[:, ::2] * pairs[:, 1::2] if truth.shape != pairs.shape else pairs
+        return counted_budget(x.dtype, lost * torch.finfo(x.dtype).eps, truth)
     packed = x.dtype == torch.bfloat16 and values.dtype == torch.int8 and scale.dim() < 2
     if implementation != "torch" or not packed or not truth.any():
         return None
-    product = truth_of(x, values, scale, zero)
-    return counted_budget(x.dtype, product.abs() * torch.finfo(x.dtype).eps * 1.13, truth)  # slopes up to 1.13
+    lost = truth_of(x, values, scale, zero).abs() * torch.finfo(x.dtype).eps * 1.13  # slopes up to 1.13
+    if truth.shape != lost.shape:
+        pairs = truth_of(x, values, scale, zero, bias).abs()
+        lost = lost[:, ::2] * pairs[:, 1::2] + lost[:, 1::2] * pairs[:, ::2]
+    return counted_budget(x.dtype, lost, truth)

@@ -14,10 +14,13 @@ BLOCK = 128  # elements of a block that shares a scale
 FP8 = torch.float8_e4m3fn
 
 
-def int8_matmul(a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, activation=None, residual=None):
+def int8_matmul(
+    a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, activation=None, residual=None, gated=False
+):
     """Multiply int8 matrices and give the result its scales, bias, activation and residual.
 
-    ``out = activation((a @ b.T) * scale_a * scale_b + bias) + residual``
+    ``out = activation((a @ b.T) * scale_a * scale_b + bias) + residual``; of gated pairs
+    ``p = (a @ b.T) * scale_a * scale_b + bias``, ``out = activation(p[:, ::2]) * p[:, 1::2] + residual``
 
     Args:
         a: ``[M, K]``, int8; the last dimension is contiguous, the stride of the rows is free.
@@ -29,9 +32,11 @@ def int8_matmul(a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, 
         activation: None, ``"relu"``, ``"silu"``, ``"gelu"`` (with erf, as `F.gelu`) or ``"gelu_tanh"``
             (``F.gelu(approximate="tanh")``).
         residual: ``[M, N]``, out_dtype; the last dimension is contiguous. None adds nothing.
+        gated: Whether b's rows are pairs, the gate of a column of the result before its up, as `interleave_rows` joins
+            two weights. N is even, there is an activation, and residual is ``[M, N / 2]``.
 
     Returns:
-        ``[M, N]`` in out_dtype, contiguous. M may be 0.
+        ``[M, N]`` in out_dtype, ``[M, N / 2]`` where gated, contiguous. M may be 0.
 
     Raises:
         ValueError: a shape, stride, device or option does not fit; with FUSEDOPS_VALIDATE=2 also scales that are not
@@ -46,7 +51,7 @@ def int8_matmul(a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, 
     From: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022,
         https://arxiv.org/abs/2208.07339
     """
-    args = a, b, scale_a, scale_b, bias, out_dtype, activation, residual
+    args = a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated
     run = _int8_matmul.ready(args) if env.validate() < 2 else None
     if run is not None:
         return run(*args)
@@ -56,11 +61,13 @@ def int8_matmul(a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, 
     return _int8_matmul(*args)
 
 
-def fp8_matmul(a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, activation=None, residual=None):
+def fp8_matmul(
+    a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, activation=None, residual=None, gated=False
+):
     """Multiply float8 matrices and give the result its scales, bias, activation and residual.
 
-    ``out = activation((a @ b.T) * scale_a * scale_b + bias) + residual``; scales of blocks multiply the elements of
-    their blocks
+    ``out = activation((a @ b.T) * scale_a * scale_b + bias) + residual``, gated pairs as in `int8_matmul`; scales of
+    blocks multiply the elements of their blocks
 
     Args:
         a: ``[M, K]``, float8_e4m3fn; the last dimension is contiguous, the stride of the rows is free.
@@ -69,10 +76,11 @@ def fp8_matmul(a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, a
             elements of each row, ``[M, ceil(K / 128)]`` with any strides.
         scale_b: float32, one number, one for each row of b, ``[N]``, or one for each block of 128 by 128,
             ``[ceil(N / 128), ceil(K / 128)]`` with any strides.
-        bias, out_dtype, activation, residual: As in `int8_matmul`.
+        bias, out_dtype, activation, residual, gated: As in `int8_matmul`; a block of b is 128 rows as they stand, of
+            gates and ups.
 
     Returns:
-        ``[M, N]`` in out_dtype, contiguous. M may be 0.
+        ``[M, N]`` in out_dtype, ``[M, N / 2]`` where gated, contiguous. M may be 0.
 
     Raises:
         ValueError: a shape, stride, device or option does not fit; with FUSEDOPS_VALIDATE=2 also scales that are not
@@ -90,7 +98,7 @@ def fp8_matmul(a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, a
     From: Micikevicius et al., "FP8 Formats for Deep Learning", 2022, https://arxiv.org/abs/2209.05433; for scales of
         blocks DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, https://arxiv.org/abs/2412.19437
     """
-    args = a, b, scale_a, scale_b, bias, out_dtype, activation, residual
+    args = a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated
     run = _fp8_matmul.ready(args) if env.validate() < 2 else None
     if run is not None:
         return run(*args)
@@ -98,9 +106,10 @@ def fp8_matmul(a, b, scale_a, scale_b, *, bias=None, out_dtype=torch.bfloat16, a
     return _fp8_matmul(*args)
 
 
-def _check(op, dtype, a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
+def _check(op, dtype, a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated):
     """Check all arguments and return the sizes."""
-    sizes = checks.bind_shapes(op, a=(a, "M K"), b=(b, "N K"), bias=(bias, "N?"), residual=(residual, "M N?"))
+    wide = "M half?" if gated is True else "M N?"
+    sizes = checks.bind_shapes(op, a=(a, "M K"), b=(b, "N K"), bias=(bias, "N?"), residual=(residual, wide))
     for name, tensor in (("a", a), ("b", b)):
         if tensor.dtype != dtype:
             raise TypeError(f"{op}: {name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
@@ -118,6 +127,7 @@ def _check(op, dtype, a, b, scale_a, scale_b, bias, out_dtype, activation, resid
             raise NotImplementedError(f"{op}: {name} must be at most MAX_SIZE = {MAX_SIZE}, got {sizes[name]}")
     _check_scales(op, dtype, a, sizes, scale_a, scale_b)
     checks.check_activation(op, activation)
+    checks.check_gated(op, gated, activation, sizes["N"], residual)
     return sizes
 
 
@@ -142,15 +152,15 @@ def _name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def _fake(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+def _fake(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
+    return a.new_empty((a.shape[0], b.shape[0] // (1 + gated)), dtype=out_dtype)
 
 
-def _cost(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
+def _cost(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
     (rows, depth), columns = a.shape, b.shape[0]
     read = [tensor for tensor in (a, b, scale_a, scale_b, bias, residual) if tensor is not None]
     moved = sum(tensor.numel() * tensor.element_size() for tensor in read)
-    return moved + rows * columns * out_dtype.itemsize, 2 * rows * columns * depth
+    return moved + rows * columns // (1 + gated) * out_dtype.itemsize, 2 * rows * columns * depth
 
 
 def _example(dtype):
@@ -173,7 +183,7 @@ def _example(dtype):
 def _register(name, dtype):
     return register(
         f"{name}(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype, "
-        "str? activation, Tensor? residual) -> Tensor",
+        "str? activation, Tensor? residual, bool gated=False) -> Tensor",
         package=__name__,
         implementations=("triton", "torch", "reference"),
         fake=_fake,

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from fusedops._core.activations import activate_
+from fusedops._core.activations import activate_, gate_pairs
 
 BLOCK = 128
 CHUNK = 2**18  # elements of b that are float32 at once: they stay in a core's cache, and no large memory is asked for
@@ -12,13 +12,13 @@ EXACT_K = 1024  # so many products of -128 sum up to 2**24, to which float32 cou
 TOP = -(2**31)  # what 2**31 wraps to in int32; no sum that fits is as low
 
 
-def int8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
+def int8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
     """The integer product, then torch's operators one by one."""
     acc = _integer_product(a, b) if a.shape[0] else a.new_empty((0, b.shape[0]), dtype=torch.float32)
-    return _finished(acc, scale_a, scale_b, bias, out_dtype, activation, residual)
+    return _finished(acc, scale_a, scale_b, bias, out_dtype, activation, residual, gated)
 
 
-def fp8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
+def fp8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
     """The product of float32 copies, in which blocks have their scales already; of b some rows at a time."""
     a, scale_a = _without_blocks(_values(a), scale_a, 1)
     acc = a.new_empty((len(a), len(b)))
@@ -28,7 +28,8 @@ def fp8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
         part = scale_b[first // BLOCK : (first + step) // BLOCK] if scale_b.dim() == 2 else scale_b
         part, _ = _without_blocks(_values(b[rows]), part, BLOCK)
         acc[:, rows] = a @ part.T
-    return _finished(acc, scale_a, None if scale_b.dim() == 2 else scale_b, bias, out_dtype, activation, residual)
+    scale_b = None if scale_b.dim() == 2 else scale_b
+    return _finished(acc, scale_a, scale_b, bias, out_dtype, activation, residual, gated)
 
 
 def _integer_product(a, b):
@@ -77,7 +78,7 @@ def _without_blocks(x, scale, block_rows):
     return x * rows.repeat_interleave(BLOCK, 1)[:, : x.shape[1]], None
 
 
-def _finished(acc, scale_a, scale_b, bias, out_dtype, activation, residual):
+def _finished(acc, scale_a, scale_b, bias, out_dtype, activation, residual, gated):
     """Scales, bias, activation and residual of a float32 product that is ours to change."""
     if scale_a is not None:
         acc *= scale_a if scale_a.numel() == 1 else scale_a[:, None]
@@ -85,7 +86,7 @@ def _finished(acc, scale_a, scale_b, bias, out_dtype, activation, residual):
         acc *= scale_b
     if bias is not None:
         acc += bias
-    acc = activate_(acc, activation)
+    acc = gate_pairs(acc, activation) if gated else activate_(acc, activation)
     if residual is not None:
         acc += residual
     return acc.to(out_dtype)

@@ -13,12 +13,18 @@ ACTIVATIONS = {
 }
 
 
-def int8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
-    """``activation((a * scale_a) @ (b * scale_b).T + bias) + residual``; of float64 scales the result is float64."""
+def int8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
+    """``activation((a * scale_a) @ (b * scale_b).T + bias) + residual``; of float64 scales the result is float64.
+
+    With gated, even columns are activated and multiplied by the odd ones, and the residual follows.
+    """
     out = _scaled(a, scale_a, 1) @ _scaled(b, scale_b, BLOCK).T
     if bias is not None:
         out = out + bias.double()
-    out = ACTIVATIONS[activation](out)
+    if gated:
+        out = ACTIVATIONS[activation](out[:, ::2]) * out[:, 1::2]
+    else:
+        out = ACTIVATIONS[activation](out)
     if residual is not None:
         out = out + residual.double()
     return out if scale_a.dtype == torch.float64 else out.to(out_dtype)

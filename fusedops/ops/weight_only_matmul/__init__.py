@@ -11,11 +11,12 @@ FORMATS = (torch.int8, torch.float8_e4m3fn, torch.uint8)
 MAX_SIZE = 2**30  # rows of x, N and K; kernels count them in 32 bits
 
 
-def weight_only_matmul(x, values, scale, *, zero=None, bias=None, activation=None, residual=None):
+def weight_only_matmul(x, values, scale, *, zero=None, bias=None, activation=None, residual=None, gated=False):
     """Multiply by a quantised weight, and apply what follows, without ever storing the weight expanded.
 
     ``out = activation(x @ weight.T + bias) + residual`` with ``weight = values * scale``, of 4-bit codes
-    ``weight = (code - zero / 16) * scale``
+    ``weight = (code - zero / 16) * scale``; of gated pairs ``p = x @ weight.T + bias``,
+    ``out = activation(p[..., ::2]) * p[..., 1::2] + residual``
 
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32; the last dimension is contiguous.
@@ -31,9 +32,11 @@ def weight_only_matmul(x, values, scale, *, zero=None, bias=None, activation=Non
         bias: ``[N]``, x's dtype or float32.
         activation: None, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         residual: ``[..., N]``, x's dtype; the last dimension is contiguous.
+        gated: Whether the weight's rows are pairs, the gate of a column of the output before its up, as
+            `interleave_rows` joins two weights. N is even, there is an activation, and residual is ``[..., N / 2]``.
 
     Returns:
-        ``[..., N]`` of x's dtype, contiguous. Empty x gives empty output.
+        ``[..., N]`` of x's dtype, ``[..., N / 2]`` where gated, contiguous. Empty x gives empty output.
 
     Raises:
         ValueError: a shape, stride, device or option does not fit; with FUSEDOPS_VALIDATE=2 also scales that are not
@@ -51,7 +54,7 @@ def weight_only_matmul(x, values, scale, *, zero=None, bias=None, activation=Non
     From: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022,
         https://arxiv.org/abs/2210.17323
     """
-    args = x, values, scale, zero, bias, residual, activation
+    args = x, values, scale, zero, bias, residual, activation, gated
     run = _weight_only_matmul.ready(args) if env.validate() < 2 else None
     if run is not None:
         return run(*args)
@@ -59,10 +62,11 @@ def weight_only_matmul(x, values, scale, *, zero=None, bias=None, activation=Non
     return _weight_only_matmul(*args)
 
 
-def _check(x, values, scale, zero, bias, residual, activation):
+def _check(x, values, scale, zero, bias, residual, activation, gated):
     op = "weight_only_matmul"
+    wide = "... half?" if gated is True else "... N?"
     sizes = checks.bind_shapes(
-        op, x=(x, "... K"), values=(values, "N columns"), bias=(bias, "N?"), residual=(residual, "... N?")
+        op, x=(x, "... K"), values=(values, "N columns"), bias=(bias, "N?"), residual=(residual, wide)
     )
     N, K = sizes["N"], sizes["K"]
     checks.check_float(op, x=x, residual=residual)
@@ -80,6 +84,7 @@ def _check(x, values, scale, zero, bias, residual, activation):
     checks.check_rows(op, x=x, values=values, bias=bias, residual=residual)
     checks.check_parameter(op, x, bias=bias)
     checks.check_activation(op, activation)
+    checks.check_gated(op, gated, activation, N, residual)
     groups = [(N, -(-K // size)) for size in GROUPS]
     blocks = [(), (1,), (N,), (-(-N // BLOCK), -(-K // BLOCK))]
     described = "[N, ceil(K / 32, 64 or 128)]"
@@ -99,15 +104,15 @@ def _dtype(tensor):
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _fake(x, values, *rest):
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+def _fake(x, values, scale, zero, bias, residual, activation, gated=False):
+    return x.new_empty(*x.shape[:-1], values.shape[0] // (1 + gated))
 
 
-def _cost(x, values, scale, zero, bias, residual, activation):
+def _cost(x, values, scale, zero, bias, residual, activation, gated=False):
     K, N = x.shape[-1], values.shape[0]
     rows = x.numel() // K
     tables = sum(t.numel() * t.element_size() for t in (values, scale, zero, bias) if t is not None)
-    moved = rows * (K + N * (1 if residual is None else 2)) * x.element_size()
+    moved = rows * (K + N // (1 + gated) * (1 if residual is None else 2)) * x.element_size()
     return tables + moved, 2 * rows * N * K
 
 
@@ -120,7 +125,7 @@ def _example(shape, dtype, device):
 
 _weight_only_matmul = register(
     "weight_only_matmul(Tensor x, Tensor values, Tensor scale, Tensor? zero, Tensor? bias, Tensor? residual, "
-    "str? activation) -> Tensor",
+    "str? activation, bool gated=False) -> Tensor",
     package=__name__,
     implementations=("triton", "torch", "reference"),
     fake=_fake,

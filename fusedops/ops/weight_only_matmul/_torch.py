@@ -7,7 +7,7 @@ faster in float32, by a block of weights at a time that stays in the cache.
 
 import torch
 
-from fusedops._core.activations import activate_
+from fusedops._core.activations import activate_, gate_pairs
 from fusedops.ops.weight_only_matmul._groups import BLOCK, ZERO_STEPS, group_of
 
 PACK_K = 32  # weights that one step of torch's product with int8 weights reads
@@ -16,7 +16,7 @@ PACK_ROWS = 32  # beyond so many rows its one weight at a time is slower than fl
 BLOCK_BYTES = 2**19  # of expanded weights, for any number of rows
 
 
-def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
+def weight_only_matmul(x, values, scale, zero, bias, residual, activation, gated=False):
     """The product, then what is fused behind it, in float32 where the product has not been rounded already."""
     rows = x.reshape(-1, x.shape[-1])
     group = group_of(values.shape[0], x.shape[-1], tuple(scale.shape))
@@ -26,7 +26,7 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
         out = out.float()
     if bias is not None:
         out = out + bias
-    out = activate_(out, activation)
+    out = gate_pairs(out, activation) if gated else activate_(out, activation)
     if residual is not None:
         out = out + residual
     return out.to(x.dtype)

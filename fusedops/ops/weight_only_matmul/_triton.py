@@ -16,7 +16,7 @@ from fusedops._core.device import KIB, MIN_FP8_CAPABILITY, limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
-from fusedops._core.tl import activate
+from fusedops._core.tl import activate, paired_rows, split_columns, split_paired_rows, times
 from fusedops._core.tuning import Tunable
 from fusedops.ops.weight_only_matmul._groups import ZERO_STEPS, group_of
 
@@ -28,6 +28,7 @@ LOAD_BYTES = 16  # that a thread asks for at once
 STAGE_BYTES = 64 * KIB  # of weights and x that a program has under way
 MAX_SUMS = 128  # of one thread, in registers
 MIN_PART_STEPS = 4  # of a program's loop, below which adding the parts costs more than it saves
+PAIRS = 28672  # rows of Llama 3 8B's gate and up projections as one weight
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,54 @@ def _expanded(codes, zero, FORMAT: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    acc, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n, stride_residual_m, M, N, offs_m, offs_n,
-    SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Scale, bias, activation and residual of a tile [m, n] of sums, and its one rounding."""
+def _real(acc, scale_ptr, bias_ptr, stride_scale_n, N, offs_n, SCALE: tl.constexpr):
+    """Sums of columns offs_n with what scales whole rows of the weight, and the bias."""
     mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
     if SCALE == "row":
         acc *= tl.load(scale_ptr + offs_n.to(tl.int64) * stride_scale_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
+    return acc
+
+
+@triton.jit
+def _store(x, residual_ptr, out_ptr, stride_residual_m, M, N, offs_m, offs_n):
+    """Add the residual to a tile [m, n] and store it, with its one rounding."""
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     rows = offs_m.to(tl.int64)[:, None]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + rows * stride_residual_m + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows * N + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+        x += tl.load(residual_ptr + rows * stride_residual_m + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * N + offs_n[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(
+    acc, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n, stride_residual_m, M, N, offs_m, first_n,
+    SCALE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Finish a tile [m, n] of sums, whose first column is first_n."""
+    if GATED:
+        gate, up = split_columns(acc)
+        _finish_pairs(
+            gate, up, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n, stride_residual_m, M, N, offs_m,
+            first_n, SCALE, ACTIVATION,
+        )  # fmt: skip
+    else:
+        offs_n = first_n + tl.arange(0, acc.shape[1])
+        x = activate(_real(acc, scale_ptr, bias_ptr, stride_scale_n, N, offs_n, SCALE), ACTIVATION)
+        _store(x, residual_ptr, out_ptr, stride_residual_m, M, N, offs_m, offs_n)
+
+
+@triton.jit
+def _finish_pairs(
+    gate, up, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n, stride_residual_m, M, N, offs_m, first_n,
+    SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Finish sums [m, n] of even columns from first_n on and of those behind each."""
+    columns = first_n // 2 + tl.arange(0, gate.shape[1])
+    gate = activate(_real(gate, scale_ptr, bias_ptr, stride_scale_n, N, 2 * columns, SCALE), ACTIVATION)
+    up = _real(up, scale_ptr, bias_ptr, stride_scale_n, N, 2 * columns + 1, SCALE)
+    _store(times(gate, up), residual_ptr, out_ptr, stride_residual_m, M, N // 2, offs_m, columns)
 
 
 @triton.jit
@@ -96,16 +129,21 @@ def _weight_only_kernel(
     stride_x_m, stride_values_n, stride_scale_n, stride_scale_g, stride_zero_n, stride_zero_g, stride_residual_m,
     M, N, K, num_stored, part_stored,
     FORMAT: tl.constexpr, SCALE: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, ACTIVATION: tl.constexpr,
-    IS_SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr, IS_SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program computes a tile of the output, or of one part's sums; those with the same weights are neighbours."""
+    """One program computes a tile of the output, or of one part's sums; those with the same weights are neighbours.
+
+    Of parts of sums GATED is False: what is done with pairs follows when they have been added.
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     PACK: tl.constexpr = 2 if FORMAT == "int4" else 1
     num_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
     part = tl.program_id(1)
     offs_m = pid % num_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid // num_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = pid // num_m * BLOCK_N
+    rows_n = tl.arange(0, BLOCK_N)
+    offs_n = first_n + (paired_rows(rows_n) if GATED else rows_n)
     offs_k = tl.arange(0, BLOCK_K)
     offs_stored = tl.arange(0, BLOCK_K // PACK)
     mask_m = offs_m < M
@@ -137,33 +175,39 @@ def _weight_only_kernel(
             acc += tl.dot(weight, x, input_precision="ieee") * scale.to(tl.float32)[:, None]
         else:
             acc = tl.dot(weight, x, acc, input_precision="ieee")
-    sums = tl.trans(acc)
     if IS_SPLIT:
         rows = (part * M + offs_m).to(tl.int64)[:, None]
-        tl.store(out_ptr + rows * N + offs_n[None, :], sums, mask=mask_m[:, None] & mask_n[None, :])
+        tl.store(out_ptr + rows * N + offs_n[None, :], tl.trans(acc), mask=mask_m[:, None] & mask_n[None, :])
+    elif GATED:
+        gate, up = split_paired_rows(acc)
+        _finish_pairs(
+            tl.trans(gate), tl.trans(up), scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n,
+            stride_residual_m, M, N, offs_m, first_n, SCALE, ACTIVATION,
+        )  # fmt: skip
     else:
         _finish(
-            sums, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n, stride_residual_m, M, N, offs_m, offs_n,
-            SCALE, ACTIVATION,
+            tl.trans(acc), scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n, stride_residual_m, M, N, offs_m,
+            first_n, SCALE, ACTIVATION, GATED,
         )  # fmt: skip
 
 
 @triton.jit
 def _combine_kernel(
     parts_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n, stride_residual_m, M, N, splits,
-    SCALE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program adds BLOCK_N elements of a row over the parts, in their order, and finishes them."""
     offs_m = tl.program_id(0) + tl.arange(0, 1)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = tl.program_id(1) * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     mask = (offs_n < N)[None, :]
     acc = tl.zeros([1, BLOCK_N], tl.float32)
     for part in range(splits):
         rows = (part * M + offs_m).to(tl.int64)[:, None]
         acc += tl.load(parts_ptr + rows * N + offs_n[None, :], mask=mask, other=0.0)
     _finish(
-        acc, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n, stride_residual_m, M, N, offs_m, offs_n,
-        SCALE, ACTIVATION,
+        acc, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_n, stride_residual_m, M, N, offs_m, first_n,
+        SCALE, ACTIVATION, GATED,
     )  # fmt: skip
 
 
@@ -215,7 +259,7 @@ TILE = Tunable(
     default=lambda *asked: default(*asked),
     sizes=("rows", "columns", "depth"),
     flags=("itemsize", "pack", "group_k"),
-    also=("dtype", "weight_dtype", "scale_dtype", "zero", "bias", "residual", "activation"),
+    also=("dtype", "weight_dtype", "scale_dtype", "zero", "bias", "residual", "activation", "gated"),
     space={
         "block_m": (16, 32, 64, 128), "block_n": (32, 64, 128, 256), "num_warps": (2, 4, 8),
         "num_stages": (2, 3, 4, 5, 6),
@@ -225,13 +269,14 @@ TILE = Tunable(
 )  # fmt: skip
 
 
-def config(op, device_limits, x, values, scale, zero, bias, residual, activation):
+def config(op, device_limits, x, values, scale, zero, bias, residual, activation, gated=False):
     """The configuration of one call."""
     K, N = x.shape[-1], values.shape[0]
     pack = 2 if values.dtype == torch.uint8 else 1
     group_k = group_of(N, K, tuple(scale.shape))[1] if scale.dim() == 2 else None
     also = (
         x.dtype, values.dtype, scale.dtype, zero is not None, bias is not None, residual is not None, activation,
+        gated,
     )  # fmt: skip
     return TILE.choose(device_limits, (x.numel() // K, N, K, x.element_size(), pack, group_k), also)
 
@@ -243,22 +288,23 @@ def stored_format(values, device_limits):
     return "int4" if values.dtype == torch.uint8 else "int8"
 
 
-def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
+def weight_only_matmul(x, values, scale, zero, bias, residual, activation, gated=False):
     """Launch the product, and the sum over its parts where there are several."""
     K, N = x.shape[-1], values.shape[0]
-    out = x.new_empty(*x.shape[:-1], N)
+    width = N // (1 + gated)
+    out = x.new_empty(*x.shape[:-1], width)
     rows = x.reshape(-1, K)
     M = rows.shape[0]
     if not M:
         return out
     device_limits = limits(x.device)
-    tile = config("weight_only_matmul", device_limits, x, values, scale, zero, bias, residual, activation)
+    tile = config("weight_only_matmul", device_limits, x, values, scale, zero, bias, residual, activation, gated)
     group_n, group_k = group_of(N, K, tuple(scale.shape)) if scale.dim() == 2 else (1, 1)
     stored = stored_format(values, device_limits)
     if stored == "fp8 bits":
         values = values.view(torch.uint8)
     if residual is not None:
-        residual = residual.reshape(-1, N)
+        residual = residual.reshape(-1, width)
     scale_strides = scale.stride() if scale.dim() == 2 else (scale.stride(0) if scale.numel() > 1 else 0, 0)
     strides = (
         rows.stride(0), values.stride(0), *scale_strides, *((0, 0) if zero is None else zero.stride()),
@@ -270,7 +316,8 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
     kind = "group" if scale.dim() == 2 else "row"
     constants = {
         "FORMAT": stored, "SCALE": kind, "GROUP_N": group_n, "GROUP_K": group_k, "ACTIVATION": activation or "none",
-        "IS_SPLIT": is_split, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "GATED": gated and not is_split, "IS_SPLIT": is_split,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip
     target = x.new_empty(tile.splits, M, N, dtype=torch.float32) if is_split else out
     grid = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n), tile.splits, 1
@@ -279,7 +326,7 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
     _run(grid, (rows, values, scale, zero, *behind, target), numbers, constants, tile.num_warps, tile.num_stages)
     if is_split:
         join = CombineConfig()
-        constants = {"SCALE": kind, "ACTIVATION": activation or "none", "BLOCK_N": join.block_n}
+        constants = {"SCALE": kind, "ACTIVATION": activation or "none", "GATED": gated, "BLOCK_N": join.block_n}
         _run_combine(
             (M, ceil_div(N, join.block_n), 1), (target, scale, bias, residual, out),
             (scale_strides[0], strides[-1], M, N, tile.splits), constants, join.num_warps,
@@ -288,7 +335,7 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
 
 
 def examples(dtype, target):
-    """A weight of 4096 by 4096 by one row, by 64 and by many, in every format, and the sum over parts.
+    """A weight of 4096 by 4096 by one row and by many, one of pairs by 64, in every format, and the sum over parts.
 
     The dtypes differ in how codes become numbers and how these are multiplied, so each has some of them.
     """
@@ -300,26 +347,26 @@ def examples(dtype, target):
     yield _example(dtype, target, 1, "int8", 0)
     if dtype == "fp32":
         return
-    yield _example(dtype, target, 64, fp8, 128)
+    yield _example(dtype, target, 64, fp8, 128, PAIRS)
     yield _example(dtype, target, 1, "int4", 32)
     yield _example(dtype, target, 1024, "int8", 0)
     join = CombineConfig()
     types = {"parts_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}"}
     types |= {"out_ptr": f"*{dtype}", "stride_residual_m": "i32", "M": "i32", "N": "i32", "splits": "i32"}
-    constants = {"stride_scale_n": 1, "SCALE": "row", "ACTIVATION": "silu", "BLOCK_N": join.block_n}
+    constants = {"stride_scale_n": 1, "SCALE": "row", "ACTIVATION": "silu", "GATED": True, "BLOCK_N": join.block_n}
     divisible = tuple(name for name in types if name not in ("M", "splits"))
     yield KernelExample(_combine_kernel, types, constants, divisible, num_warps=join.num_warps)
 
 
-def _example(dtype, target, M, stored, group):
-    """A launch for a weight of 4096 by 4096."""
+def _example(dtype, target, M, stored, group, N=4096):
+    """A launch for a weight of N by 4096: gated where it is PAIRS, of which few rows are not summed in parts."""
     itemsize, pack = 4 if dtype == "fp32" else 2, 2 if stored == "int4" else 1
-    tile = default(M, 4096, 4096, itemsize, pack, group or None, target)
+    tile = default(M, N, 4096, itemsize, pack, group or None, target)
     is_split = tile.splits > 1
     constants = {
         "FORMAT": stored, "SCALE": "group" if group else "row", "GROUP_N": 1, "GROUP_K": group or 1,
-        "ACTIVATION": "silu", "IS_SPLIT": is_split, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
+        "ACTIVATION": "silu", "GATED": N == PAIRS, "IS_SPLIT": is_split,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "out_ptr"), f"*{dtype}")
     pointers |= {"values_ptr": {"int8": "*i8", "fp8": "*fp8e4nv"}.get(stored, "*u8"), "scale_ptr": "*fp32"}

@@ -7,23 +7,30 @@ BLOCK = 128
 ZERO_STEPS = 16  # of a code, that zeros are counted in
 
 
-def weight_only_matmul(x, values, scale, zero, bias, residual, activation):
-    """``out = activation(x @ weight.T + bias) + residual``, rounded once; the weight is `dequantized`."""
+def weight_only_matmul(x, values, scale, zero, bias, residual, activation, gated=False):
+    """``out = activation(x @ weight.T + bias) + residual``, rounded once; the weight is `dequantized`.
+
+    With gated, even columns are activated and multiplied by the odd ones, and the residual follows.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     out = wide @ dequantized(values, scale, zero, x.shape[-1], wide.dtype).T
     if bias is not None:
         out = out + bias.to(wide.dtype)
-    if activation == "silu":
-        out = out * torch.sigmoid(out)
-    elif activation == "gelu":
-        out = out * 0.5 * torch.special.erfc(out * -(0.5**0.5))  # 1 + erf, in the form whose lower tail does not cancel
-    elif activation == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        out = out * torch.sigmoid(2.0 * (2.0 / torch.pi) ** 0.5 * (out + 0.044715 * out**3))
-    elif activation == "relu":
-        out = out.clamp(min=0)
+    out = activated(out[..., ::2], activation) * out[..., 1::2] if gated else activated(out, activation)
     if residual is not None:
         out = out + residual.to(wide.dtype)
     return out.to(x.dtype)
+
+
+def activated(x, activation):
+    """The activation by its name, None being none."""
+    if activation == "silu":
+        return x * torch.sigmoid(x)
+    if activation == "gelu":
+        return x * 0.5 * torch.special.erfc(x * -(0.5**0.5))  # 1 + erf, in the form whose lower tail does not cancel
+    if activation == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        return x * torch.sigmoid(2.0 * (2.0 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+    return x.clamp(min=0) if activation == "relu" else x
 
 
 def dequantized(values, scale, zero, K, dtype):

@@ -104,7 +104,8 @@ def _tunable(name, space):
     """What is tuned leaves each sum as it is: a result has the same bits whatever the table says."""
     return Tunable(
         name, default=lambda *asked: default(*asked), sizes=("rows", "columns", "depth"), flags=("narrow",),
-        also=("dtype", "out_dtype", "scale_a", "scale_b", "bias", "residual", "activation", "aligned"), space=space,
+        also=("dtype", "out_dtype", "scale_a", "scale_b", "bias", "residual", "activation", "gated", "aligned"),
+        space=space,
         fits=_fits, source=__file__,
     )  # fmt: skip
 
@@ -122,12 +123,13 @@ def config(op, device_limits, a, b, *rest):
     return tile if tile is not None else _portable_tile(device_limits, a, b, *rest)
 
 
-def _portable_tile(device_limits, a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
+def _portable_tile(device_limits, a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
     rows, depth = a.shape
     narrow = scale_a.dim() == 2 or scale_b.dim() == 2 or expands(a, device_limits)
     aligned = (depth | a.stride(0) | b.stride(0) | a.data_ptr() | b.data_ptr()) % ALIGNMENT == 0
     also = (
-        a.dtype, out_dtype, _kind(scale_a), _kind(scale_b), bias is not None, residual is not None, activation, aligned,
+        a.dtype, out_dtype, _kind(scale_a), _kind(scale_b), bias is not None, residual is not None, activation, gated,
+        aligned,
     )  # fmt: skip
     tunable = SMALL if rows <= SMALL_M else TILE
     return tunable.choose(device_limits, (rows, b.shape[0], depth, narrow), also)
@@ -156,37 +158,37 @@ def _described(scale):
     return scale.contiguous() if kind == "row" else scale, kind
 
 
-def int8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
+def int8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
     """Launch the kernels on integers."""
-    return _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, tl.int32)
+    return _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated, tl.int32)
 
 
-def fp8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual):
+def fp8_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
     """Launch the kernels on float8, or on its bytes."""
-    if expands(a, limits(a.device)):
-        a, b = a.view(torch.uint8), b.view(torch.uint8)
-    return _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, tl.float32)
+    return _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated, tl.float32)
 
 
-def _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, acc):
-    given = a, b, scale_a, scale_b, bias, out_dtype, activation, residual
+def _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated, acc):
+    given = a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated
     (rows, depth), columns = a.shape, b.shape[0]
-    out = a.new_empty((rows, columns), dtype=out_dtype)
+    out = a.new_empty((rows, columns // (1 + gated)), dtype=out_dtype)
     if not rows:
         return out
+    device_limits = limits(a.device)
+    expand = expands(a, device_limits)
+    if expand:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
     (scale_a, kind_a), (scale_b, kind_b) = _described(scale_a), _described(scale_b)
-    kinds = {"ACTIVATION": activation or "none", "SCALE_A": kind_a, "SCALE_B": kind_b}
+    kinds = {"ACTIVATION": activation or "none", "GATED": gated, "SCALE_A": kind_a, "SCALE_B": kind_b}
     bias = None if bias is None else bias.contiguous()
     scale_strides = *_strides(scale_a), *_strides(scale_b)
     residual_stride = 0 if residual is None else residual.stride(0)
     tensors = (a, b, scale_a, scale_b, bias, residual, out)
     numbers = (a.stride(0), b.stride(0), *scale_strides, residual_stride, rows, columns, depth)
-    device_limits = limits(a.device)
     tile = _hopper_tile(device_limits, a, b)
     if tile is not None:
         hopper_launch.launch(tile, tensors, numbers, kinds, device_limits.sm_count)
         return out
-    expand = a.dtype == torch.uint8
     tile = _portable_tile(device_limits, *given)
     constants = {**kinds, "EVEN_K": depth % tile.block_k == 0, "EXPAND": expand, "ACC": acc}
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
@@ -202,15 +204,16 @@ def _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, acc):
 
 def _few_rows(tile, tensors, numbers, constants, kinds):
     """Launch the kernel for few rows, and where the depth is shared the one that adds the parts."""
-    a, _, *rest, out = tensors
+    a, b, *rest, out = tensors
     parts = None
     if tile.num_splits > 1:
         parts_dtype = torch.int32 if constants["ACC"] is tl.int32 else torch.float32
-        parts = a.new_empty((tile.num_splits, *out.shape), dtype=parts_dtype)
-    grid = ceil_div(out.shape[1], tile.block_n), tile.num_splits, 1
+        parts = a.new_empty((tile.num_splits, len(a), len(b)), dtype=parts_dtype)
+        constants = constants | {"GATED": False}
+    grid = ceil_div(len(b), tile.block_n), tile.num_splits, 1
     _run_small(grid, (*tensors, parts), (*numbers, tile.split_k), constants, tile.num_warps, tile.num_stages)
     if parts is not None:
-        grid = ceil_div(out.shape[1], COMBINE_BLOCK_N), out.shape[0], 1
+        grid = ceil_div(len(b), COMBINE_BLOCK_N), len(a), 1
         stride, rows, columns, _ = numbers[-4:]
         numbers = stride, rows, columns, tile.num_splits
         _run_combine(grid, (parts, *rest, out), numbers, {**kinds, "BLOCK_N": COMBINE_BLOCK_N}, 4)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedops._core.tl import activate
+from fusedops._core.tl import activate, split_columns, times
 
 TOP = tl.constexpr(-(2**31))  # what 2**31 wraps to in int32; no sum that fits is as low
 INT32_END = tl.constexpr(2147483648.0)
@@ -19,11 +19,10 @@ def to_float(acc):
 
 
 @triton.jit
-def finish(
-    acc, offs_m, offs_n, mask, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
-    stride_residual_m, M, N, ACTIVATION: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr,
-):  # fmt: skip
-    """Store a tile of sums at rows offs_m [.., 1] and columns offs_n [1, ..]. Scales of blocks are in the sums."""
+def real(
+    acc, offs_m, offs_n, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr
+):
+    """Sums at rows offs_m [.., 1] and columns offs_n [1, ..] with scales and bias. Scales of blocks are in the sums."""
     x = to_float(acc)
     if SCALE_A == "one":
         x *= tl.load(scale_a_ptr)
@@ -42,8 +41,44 @@ def finish(
             x *= scale
     elif bias_ptr is not None:
         x += bias
-    x = activate(x, ACTIVATION)
+    return x
+
+
+@triton.jit
+def finish(
+    acc, offs_m, first_n, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr, stride_residual_m, M, N,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of sums at rows offs_m [.., 1] and all columns from first_n on."""
+    if GATED:
+        gate, up = split_columns(acc)
+        finish_pairs(
+            gate, up, offs_m, first_n, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr, stride_residual_m,
+            M, N, ACTIVATION, SCALE_A, SCALE_B,
+        )  # fmt: skip
+    else:
+        offs_n = first_n + tl.arange(0, acc.shape[1])[None, :]
+        x = activate(real(acc, offs_m, offs_n, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, SCALE_A, SCALE_B), ACTIVATION)
+        mask = (offs_m < M) & (offs_n < N)
+        rows = offs_m.to(tl.int64)
+        if residual_ptr is not None:
+            x += tl.load(residual_ptr + rows * stride_residual_m + offs_n, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + rows * N + offs_n, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_pairs(
+    gate, up, offs_m, first_n, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr, stride_residual_m, M, N,
+    ACTIVATION: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr,
+):  # fmt: skip
+    """Store what becomes of sums of even columns from first_n on and of those behind each."""
+    columns = first_n // 2 + tl.arange(0, gate.shape[1])[None, :]
+    x = real(gate, offs_m, 2 * columns, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, SCALE_A, SCALE_B)
+    y = real(up, offs_m, 2 * columns + 1, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, SCALE_A, SCALE_B)
+    x = times(activate(x, ACTIVATION), y)
+    N //= 2
+    mask = (offs_m < M) & (columns < N)
     rows = offs_m.to(tl.int64)
     if residual_ptr is not None:
-        x += tl.load(residual_ptr + rows * stride_residual_m + offs_n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows * N + offs_n, x.to(out_ptr.dtype.element_ty), mask=mask)
+        x += tl.load(residual_ptr + rows * stride_residual_m + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * N + columns, x.to(out_ptr.dtype.element_ty), mask=mask)

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.language.core import _aggregate as aggregate
 
 from fusedops._core.gl import barriers
-from fusedops._core.tl import activate
+from fusedops._core.tl import activate, split_columns, times
 from fusedops.ops.scaled_matmul._triton.epilogue import to_float
 
 GROUP_ROWS = gl.constexpr(64)  # rows of one warpgroup: the M of a WGMMA instruction
@@ -89,6 +89,7 @@ class Epilogue:
     stride_scale_b_k: gl.tensor
     stride_residual_m: gl.tensor
     ACTIVATION: gl.constexpr
+    GATED: gl.constexpr
     SCALE_A: gl.constexpr
     SCALE_B: gl.constexpr
     HAS_BIAS: gl.constexpr
@@ -97,7 +98,8 @@ class Epilogue:
     @gluon.constexpr_function
     def __init__(
         self, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr, stride_scale_a_m, stride_scale_a_k,
-        stride_scale_b_n, stride_scale_b_k, stride_residual_m, ACTIVATION, SCALE_A, SCALE_B, HAS_BIAS, HAS_RESIDUAL,
+        stride_scale_b_n, stride_scale_b_k, stride_residual_m, ACTIVATION, GATED, SCALE_A, SCALE_B, HAS_BIAS,
+        HAS_RESIDUAL,
     ):  # fmt: skip
         self.scale_a_ptr = scale_a_ptr
         self.scale_b_ptr = scale_b_ptr
@@ -110,6 +112,7 @@ class Epilogue:
         self.stride_scale_b_k = stride_scale_b_k
         self.stride_residual_m = stride_residual_m
         self.ACTIVATION = gl.constexpr(ACTIVATION)
+        self.GATED = gl.constexpr(GATED)
         self.SCALE_A = gl.constexpr(SCALE_A)
         self.SCALE_B = gl.constexpr(SCALE_B)
         self.HAS_BIAS = gl.constexpr(HAS_BIAS)
@@ -130,8 +133,9 @@ class Epilogue:
 
     @gluon.jit
     def store(self, acc, first_m, first_n, work):
-        """Finish sums 64 columns at a time, so that what stands between takes few registers."""
-        if acc.shape[1] > 64:
+        """Finish 64 columns at a time, so that what stands between takes few registers: 128 sums of 16-bit pairs."""
+        IS_NARROW: gl.constexpr = self.out_ptr.dtype.element_ty.primitive_bitwidth == 16
+        if acc.shape[1] > (128 if self.GATED and IS_NARROW else 64):
             HALF: gl.constexpr = acc.shape[1] // 2
             LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
             left, right = gl.split(acc.reshape([GROUP_ROWS, 2, HALF]).permute((0, 2, 1)))
@@ -142,19 +146,24 @@ class Epilogue:
 
     @gluon.jit
     def store_part(self, acc, first_m, first_n, work):
-        """Scales, bias, activation, residual, and 16 bytes for each thread to the result.
+        """What the sums become, and 16 bytes for each thread to the result."""
+        if self.GATED:
+            gate, up = split_columns(acc)
+            rows = first_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, gate.type.layout))
+            columns = first_n + 2 * gl.arange(0, gate.shape[1], gl.SliceLayout(0, gate.type.layout))
+            x = activate(self.real(gate, rows, columns, work), self.ACTIVATION)
+            x = times(x, self.real(up, rows, columns + 1, work))
+            self.store_result(x, first_m, first_n // 2, work.N // 2, work)
+        else:
+            rows = first_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, acc.type.layout))
+            columns = first_n + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+            x = activate(self.real(acc, rows, columns, work), self.ACTIVATION)
+            self.store_result(x, first_m, first_n, work.N, work)
 
-        Of float32, four threads have 32 bytes in a row as they are.
-        """
-        dtype: gl.constexpr = self.out_ptr.dtype.element_ty
-        LAYOUT: gl.constexpr = acc.type.layout
+    @gluon.jit
+    def real(self, acc, rows, columns, work):
+        """Sums with scales and bias, in float32. Scales of blocks are in the sums."""
         BLOCK_N: gl.constexpr = acc.shape[1]
-        VECTOR: gl.constexpr = 128 // dtype.primitive_bitwidth
-        LANES: gl.constexpr = min(32, BLOCK_N // VECTOR)
-        VECTORS: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [4, 1], [1, 0])
-        OUT: gl.constexpr = LAYOUT if VECTOR == 4 else VECTORS
-        rows = first_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, LAYOUT))
-        columns = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
         x = to_float(acc)
         if self.SCALE_A == "one":
             x *= gl.load(self.scale_a_ptr)
@@ -174,16 +183,26 @@ class Epilogue:
             x = gl.fma(x, gl.expand_dims(scale, 0).broadcast_to(x.shape), bias[None, :].broadcast_to(x.shape))
         else:
             x *= scale[None, :]
-        x = activate(x, self.ACTIVATION)
-        out_rows = (first_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, OUT)))[:, None]
-        out_columns = (first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUT)))[None, :]
-        mask = (out_rows < work.M) & (out_columns < work.N)
-        out_rows = out_rows.to(gl.int64)
+        return x
+
+    @gluon.jit
+    def store_result(self, x, first_m, first_n, N, work):
+        """Add the residual and store. Of float32, four threads have 32 bytes in a row as they are, but for pairs."""
+        dtype: gl.constexpr = self.out_ptr.dtype.element_ty
+        LAYOUT: gl.constexpr = x.type.layout
+        BLOCK_N: gl.constexpr = x.shape[1]
+        VECTOR: gl.constexpr = 128 // dtype.primitive_bitwidth
+        LANES: gl.constexpr = min(32, BLOCK_N // VECTOR)
+        VECTORS: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [4, 1], [1, 0])
+        OUT: gl.constexpr = LAYOUT if VECTOR == 4 and not self.GATED else VECTORS
+        rows = (first_m + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, OUT)))[:, None]
+        columns = (first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUT)))[None, :]
+        mask = (rows < work.M) & (columns < N)
+        rows = rows.to(gl.int64)
         if self.HAS_RESIDUAL:
-            place = out_rows * self.stride_residual_m + out_columns
-            residual = gl.load(self.residual_ptr + place, mask=mask, other=0.0)
+            residual = gl.load(self.residual_ptr + rows * self.stride_residual_m + columns, mask=mask, other=0.0)
             x += gl.convert_layout(residual, LAYOUT).to(gl.float32)
-        gl.store(self.out_ptr + out_rows * work.N + out_columns, gl.convert_layout(x.to(dtype), OUT), mask=mask)
+        gl.store(self.out_ptr + rows * N + columns, gl.convert_layout(x.to(dtype), OUT), mask=mask)
 
 
 @gluon.jit
@@ -298,9 +317,9 @@ def _consume(ring, epilogue, work, GROUP: gl.constexpr):
 def _scaled_matmul_hopper_kernel(
     a_desc, b_desc, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
     stride_scale_a_m, stride_scale_a_k, stride_scale_b_n, stride_scale_b_k, stride_residual_m, M, N, K,
-    ACTIVATION: gl.constexpr, SCALE_A: gl.constexpr, SCALE_B: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    NUM_STAGES: gl.constexpr,
+    ACTIVATION: gl.constexpr, GATED: gl.constexpr, SCALE_A: gl.constexpr, SCALE_B: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr, NUM_STAGES: gl.constexpr,
 ):  # fmt: skip
     """One persistent program computes a tile of 128 rows and BLOCK_N columns after the other."""
     ring = Ring(
@@ -315,7 +334,7 @@ def _scaled_matmul_hopper_kernel(
         scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
         gl.to_tensor(stride_scale_a_m), gl.to_tensor(stride_scale_a_k), gl.to_tensor(stride_scale_b_n),
         gl.to_tensor(stride_scale_b_k), gl.to_tensor(stride_residual_m),
-        ACTIVATION, SCALE_A, SCALE_B, HAS_BIAS, HAS_RESIDUAL,
+        ACTIVATION, GATED, SCALE_A, SCALE_B, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
     gl.warp_specialize(
         [

@@ -78,7 +78,7 @@ def launch(tile, tensors, numbers, kinds, sm_count):
 
     a, b, scale_a, scale_b, bias, residual, out = tensors
     _, _, *rest = numbers
-    tiles = ceil_div(out.shape[0], BLOCK_M) * ceil_div(out.shape[1], tile.block_n)
+    tiles = ceil_div(len(a), BLOCK_M) * ceil_div(len(b), tile.block_n)
     _scaled_matmul_hopper_kernel[(min(sm_count, tiles),)](
         _tensor_map(a, BLOCK_M), _tensor_map(b, tile.block_n), scale_a, scale_b,
         scale_a if bias is None else bias, out if residual is None else residual, out, *rest,

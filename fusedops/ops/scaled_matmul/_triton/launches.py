@@ -9,17 +9,19 @@ from fusedops.ops.scaled_matmul._triton.portable import _scaled_matmul_kernel
 from fusedops.ops.scaled_matmul._triton.small import _scaled_matmul_combine_kernel, _scaled_matmul_small_kernel
 
 PROMPT, DECODE, DECODE_SPLIT = (4096, 4096, 4096), (16, 28672, 4096), (16, 4096, 4096)  # rows, columns, depth
-ROWS = {"ACTIVATION": "none", "SCALE_A": "row", "SCALE_B": "row"}
-BLOCKS = {"ACTIVATION": "none", "SCALE_A": "block", "SCALE_B": "block"}
+ROWS = {"ACTIVATION": "none", "GATED": False, "SCALE_A": "row", "SCALE_B": "row"}
+BLOCKS = {"ACTIVATION": "none", "GATED": False, "SCALE_A": "block", "SCALE_B": "block"}
+PAIRS = {"ACTIVATION": "silu", "GATED": True}  # of a gate and an up projection
 
 
 def examples(default, dtype, target):
     """Layers of Llama 3 8B, prompt and decoding step; dtype is the result's."""
-    combine = _described(_scaled_matmul_combine_kernel, dtype, "i8", ROWS | {"BLOCK_N": 1024}, 4, 1)
+    pairs = PAIRS if dtype == "bf16" else {}
+    combine = _described(_scaled_matmul_combine_kernel, dtype, "i8", ROWS | pairs | {"BLOCK_N": 1024}, 4, 1)
     if dtype == "fp16":  # bf16's instructions but for the last one, which every kernel has
         yield combine
         return
-    yield _example(default, dtype, target, "i8", DECODE, ROWS)
+    yield _example(default, dtype, target, "i8", DECODE, ROWS | pairs)
     if dtype == "fp32":
         return
     fp8 = "fp8e4nv" if target.capability >= MIN_FP8_CAPABILITY else "u8"
@@ -27,11 +29,11 @@ def examples(default, dtype, target):
     yield combine
     if target.arch == hopper_launch.ARCH:
         yield hopper_launch.example(dtype, target, "i8", PROMPT, ROWS | {"ACTIVATION": "gelu"}, full=True)
-        yield hopper_launch.example(dtype, target, fp8, PROMPT, ROWS, full=False)
+        yield hopper_launch.example(dtype, target, fp8, PROMPT, ROWS | PAIRS, full=True)
         yield hopper_launch.example(dtype, target, fp8, PROMPT, BLOCKS, full=False)
     else:
-        yield _example(default, dtype, target, "i8", PROMPT, ROWS | {"ACTIVATION": "gelu"})
-        yield _example(default, dtype, target, fp8, PROMPT, BLOCKS)
+        yield _example(default, dtype, target, "i8", PROMPT, ROWS | PAIRS)
+        yield _example(default, dtype, target, fp8, PROMPT, BLOCKS | {"ACTIVATION": "gelu"})
 
 
 def _example(default, dtype, target, code, shape, kinds):

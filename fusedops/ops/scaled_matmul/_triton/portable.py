@@ -22,7 +22,7 @@ def _scaled_matmul_kernel(
     a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
     stride_a_m, stride_b_n, stride_scale_a_m, stride_scale_a_k, stride_scale_b_n, stride_scale_b_k, stride_residual_m,
     M, N, K,
-    ACTIVATION: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr, EVEN_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr, EVEN_K: tl.constexpr,
     EXPAND: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -45,6 +45,6 @@ def _scaled_matmul_kernel(
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
     finish(
-        acc, offs_m, offs_n, (offs_m < M) & (offs_n < N), scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
-        stride_residual_m, M, N, ACTIVATION, SCALE_A, SCALE_B,
+        acc, offs_m, pid_n * BLOCK_N, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr, stride_residual_m,
+        M, N, ACTIVATION, GATED, SCALE_A, SCALE_B,
     )  # fmt: skip

@@ -7,7 +7,8 @@ so the instructions, and with them the order of every sum, are the same for any 
 import triton
 import triton.language as tl
 
-from fusedops.ops.scaled_matmul._triton.epilogue import finish
+from fusedops._core.tl import paired_rows, split_paired_rows
+from fusedops.ops.scaled_matmul._triton.epilogue import finish, finish_pairs
 from fusedops.ops.scaled_matmul._triton.tiles import add_block, operand
 
 
@@ -16,14 +17,19 @@ def _scaled_matmul_small_kernel(
     a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr, parts_ptr,
     stride_a_m, stride_b_n, stride_scale_a_m, stride_scale_a_k, stride_scale_b_n, stride_scale_b_k, stride_residual_m,
     M, N, K, split_k,
-    ACTIVATION: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr, EVEN_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr, EVEN_K: tl.constexpr,
     EXPAND: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program has all rows, BLOCK_N columns and split_k of the depth: a multiple of BLOCK_K."""
+    """One program has all rows, BLOCK_N columns and split_k of the depth: a multiple of BLOCK_K.
+
+    Of parts of sums GATED is False: what is done with pairs follows when they have been added.
+    """
     split = tl.program_id(1)
     start, end = split * split_k, tl.minimum((split + 1) * split_k, K)
     offs_m = tl.arange(0, BLOCK_M)[None, :]
-    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    first_n = tl.program_id(0) * BLOCK_N
+    rows_n = tl.arange(0, BLOCK_N)
+    offs_n = (first_n + (paired_rows(rows_n) if GATED else rows_n))[:, None]
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + tl.minimum(offs_m, M - 1).to(tl.int64) * stride_a_m + start + offs_k[:, None]
     b_ptrs = b_ptr + tl.minimum(offs_n, N - 1).to(tl.int64) * stride_b_n + start + offs_k[None, :]
@@ -37,34 +43,39 @@ def _scaled_matmul_small_kernel(
         )  # fmt: skip
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
-    acc = tl.trans(acc)
     offs_m = tl.arange(0, BLOCK_M)[:, None]
-    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    mask = (offs_m < M) & (offs_n < N)
     if parts_ptr is not None:
+        offs_n = (first_n + rows_n)[None, :]
         rows = (split * M + offs_m).to(tl.int64)
-        tl.store(parts_ptr + rows * N + offs_n, acc, mask=mask)
+        tl.store(parts_ptr + rows * N + offs_n, tl.trans(acc), mask=(offs_m < M) & (offs_n < N))
+    elif GATED:
+        gate, up = split_paired_rows(acc)
+        finish_pairs(
+            tl.trans(gate), tl.trans(up), offs_m, first_n, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
+            stride_residual_m, M, N, ACTIVATION, SCALE_A, SCALE_B,
+        )  # fmt: skip
     else:
         finish(
-            acc, offs_m, offs_n, mask, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
-            stride_residual_m, M, N, ACTIVATION, SCALE_A, SCALE_B,
+            tl.trans(acc), offs_m, first_n, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
+            stride_residual_m, M, N, ACTIVATION, GATED, SCALE_A, SCALE_B,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def _scaled_matmul_combine_kernel(
     parts_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr, stride_residual_m, M, N, num_splits,
-    ACTIVATION: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program adds up BLOCK_N columns of a row in the order of their splits, and finishes them."""
     offs_m = tl.program_id(1) + tl.arange(0, 1)[:, None]
-    offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    first_n = tl.program_id(0) * BLOCK_N
+    offs_n = (first_n + tl.arange(0, BLOCK_N))[None, :]
     mask = (offs_m < M) & (offs_n < N)
     acc = tl.zeros([1, BLOCK_N], parts_ptr.dtype.element_ty)
     for split in range(num_splits):
         rows = (split * M + offs_m).to(tl.int64)
         acc += tl.load(parts_ptr + rows * N + offs_n, mask=mask, other=0)
     finish(
-        acc, offs_m, offs_n, mask, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr,
-        stride_residual_m, M, N, ACTIVATION, SCALE_A, SCALE_B,
+        acc, offs_m, first_n, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr, stride_residual_m, M, N,
+        ACTIVATION, GATED, SCALE_A, SCALE_B,
     )  # fmt: skip
