@@ -27,20 +27,61 @@ def cache(monkeypatch, tmp_path):
     env.refresh()
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A cache directory of this file: a conversion takes half a minute."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def shared_cache(monkeypatch, kept):
+    """The same cache directory for several tests."""
+    monkeypatch.setenv("FUSEDOPS_CACHE_DIR", str(kept))
+    env.refresh()
+    yield kept
+    env.refresh()
+
+
 @needs_model
-def test_demo_answers_and_tokens_agree(cache, capsys):
+def test_demo_answers_and_tokens_agree(shared_cache, capsys):
     """The first run converts; every module of the kinds we replace is replaced, and no greedy token changes."""
-    report = cache / "demo.json"
+    report = shared_cache / "demo.json"
     line = "demo --device cpu --dtype float32 --rounds 1 --max-new-tokens 16 --json"
     assert cli.main([*line.split(), str(report)]) == 0
     told = json.loads(report.read_text())
     assert told["answer"] == "The capital of France is Paris."
     assert told["tokens"]["equal"]
-    converted = cache / "models" / models.DEMO_NAME
+    converted = shared_cache / "models" / models.DEMO_NAME
     assert [path.name for path in converted.parent.iterdir()] == [models.DEMO_NAME]
     assert "Converting" in capsys.readouterr().out
     assert models.demo_directory(Console()) == converted
     assert "Converting" not in capsys.readouterr().out
+
+
+@needs_model
+def test_the_quantised_demo_answers(shared_cache):
+    """Every linear of a layer is converted and patched; weights take little more than half of bfloat16's bytes."""
+    report = shared_cache / "quantised.json"
+    line = "demo --device cpu --no-compare --max-new-tokens 8 --quantize int8-weight-only --json"
+    assert cli.main([*line.split(), str(report)]) == 0
+    told = json.loads(report.read_text())
+    assert told["answer"] == "The capital of France is Paris." and told["dtype"] == "bfloat16"
+    assert told["quantized"]["layers"] == 30 * 7 and 0.5 < told["quantized"]["times_bfloat16"] < 0.55
+    calls = {op: count for op, _, count in told["calls"]}
+    assert calls["weight_only_matmul"] > 0 and "silu_mul" in calls
+
+
+@needs_model
+def test_perplexity_of_quantised_weights(shared_cache):
+    """512 tokens: 8 bits are near the float32 model, and 4 bits in the groups that the file was stored in."""
+    pytest.importorskip("pydoc_data.topics", reason="this Python comes without its reference")
+    report = shared_cache / "accuracy.json"
+    line = "bench accuracy --device cpu --tokens 512 --schemes int8-weight-only,int4-weight-only --json"
+    assert cli.main([*line.split(), str(report)]) == 0
+    rows = {row["scheme"]: row for row in json.loads(report.read_text())["rows"]}
+    assert 5 < rows["float32"]["perplexity"] < 50
+    for name, most in (("int8-weight-only", 0.01), ("int4-weight-only", 0.02)):
+        assert rows[name]["layers"] == 30 * 7 and 0 < abs(rows[name]["change"]) < most
 
 
 @needs_model
