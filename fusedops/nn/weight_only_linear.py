@@ -90,7 +90,8 @@ class WeightOnlyLinear(QuantizedLinear):
         """As in ``torch.nn.Module``; int8 codes that lie where a file has them are copied to where they are fast."""
         if name == "weight" and param is not None and param.is_cpu and type(param.data) is torch.Tensor:
             if param.dtype == torch.int8 and param.data_ptr() % ALIGNMENT:
-                param = torch.nn.Parameter(param.detach().clone(), requires_grad=False)
+                param, attributes = torch.nn.Parameter(param.detach().clone(), requires_grad=False), vars(param)
+                vars(param).update(attributes)  # transformers marks what it has loaded
         super().register_parameter(name, param)
 
     @classmethod

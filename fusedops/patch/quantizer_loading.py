@@ -61,6 +61,11 @@ class FusedOpsHfQuantizer:
         path, _, name = param_name.rpartition(".")
         return not self.pre_quantized and name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
 
+    @property
+    def quantized_element_size(self):
+        """Bytes that an element of a weight to quantise will take; two codes of 4 bits are one element."""
+        return 1
+
     def get_quantize_ops(self):
         """The conversion of weights."""
         return QuantizeWeights(self.problems)

@@ -50,6 +50,8 @@ def replace_linears(model, scheme, left, every):
                 linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype,
                 **scheme.options,
             )  # fmt: skip
+            if not every:  # until it is read; transformers 5.0 converts what it reads to the dtype that it finds
+                made[linear].weight.data = made[linear].weight.data.to(linear.weight.dtype)
             made[linear]._hf_quantized_needs_local_tp = True  # under tensor parallelism it is given plain tensors
         model.set_submodule(path, made[linear])
     return len(made)
