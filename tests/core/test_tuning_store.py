@@ -95,6 +95,26 @@ def test_the_layers_are_asked_in_their_order(cache, monkeypatch, tmp_path):
         assert chosen() == (Tile(block, 2), name)
 
 
+def test_a_folder_with_more_files_than_are_read_at_once_loses_none(monkeypatch):
+    names = [str(number) for number in range(8)]
+    for name in names:
+        put_quietly(entry_of(also=(name,)))
+    monkeypatch.setattr(store, "MAX_SCANNED", 3)
+    start_again()
+    assert all(chosen((ASKED[0], (name,))) == (FOUND, "user") for name in names)
+    assert len(store.current_store().user.entries()) == len(names)
+
+
+def test_the_disk_is_read_once(monkeypatch):
+    """New shapes of a known kernel cost no file."""
+    put_quietly(entry_of())
+    start_again()
+    assert chosen()[1] == "user"
+    monkeypatch.setattr(folder.os, "open", None)
+    assert chosen()[1] == "user"
+    assert chosen(((5000, 64, False), ("bf16",)))[1] == chosen((ASKED[0], ("other",)))[1] == tuning.DEFAULT
+
+
 def test_a_site_is_never_written(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("FUSEDOPS_CACHE_PATH", str(tmp_path / "site"))
     site = file_of(tmp_path / "site", entry_of())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from fusedops._core import env
 from fusedops._core.tuning.entry import MAX_TIMINGS, key_name
-from fusedops._core.tuning.key import SCHEMA, bucket, digest, environment, near, plain, source_hash
+from fusedops._core.tuning.key import SCHEMA, bucket, digest, environment, environment_hash, near, plain, source_hash
 from fusedops._core.tuning.store import counts, current_store
 
 MAX_RESOLVED = 4096  # answers that one tunable remembers of a device
@@ -117,7 +117,7 @@ class Tunable:
         ask = self, device_limits, fields, also
         if ("default", None) in _aside:
             return Choice(*ask, chosen, DEFAULT, key)
-        names = f"v{SCHEMA}", digest(key["environment"]), self.name
+        names = f"v{SCHEMA}", environment_hash(device_limits), self.name
         entry, layer = current_store().get(names, key_name(key))
         if entry is not None and entry.key == key:
             config = self.from_values(entry.config, fields, device_limits)

@@ -77,6 +77,12 @@ def _driver():
     return version.value // 1000
 
 
+@functools.lru_cache(maxsize=64)
+def environment_hash(limits):
+    """The short hash of the environment."""
+    return digest(environment(limits))
+
+
 def environment(limits):
     """What of software and device a configuration was measured with; a change of any field makes every entry a miss."""
     return {

@@ -18,7 +18,7 @@ from fusedops._core.tuning.entry import MAX_BYTES, InvalidEntry, decode, encode
 
 SUBFOLDER = "tuning"
 SUFFIX, BAD = ".json", ".bad"
-MAX_SCANNED = 1024  # files of one operator that are looked through for a neighbour
+MAX_SCANNED = 1024  # files of one operator that are read at its first use
 STALE_SECONDS = 3600.0  # after which what a writer left behind is nobody's any more
 SHIPPED = Path(__file__).parents[2] / "_tuned"  # as safe as the code beside it
 counts = Counter()  # hit, miss, invalid, default, fallback
@@ -100,13 +100,13 @@ class Layer:
             self._warn(os.path.join(self.root, *names, name), f"cannot be read: {error.strerror}")
         return None
 
-    def scan(self, names):
-        """The entries of one operator's folder, at most MAX_SCANNED, in the order of their names."""
+    def scan(self, names, most=None):
+        """The entries of one operator's folder, of its first `most` files, in the order of their names."""
         found = self._open(names)
         if found is None:
             return []
         try:
-            entries = (self._read(found, names, name) for name in _files(found)[:MAX_SCANNED])
+            entries = (self._read(found, names, name) for name in _files(found)[:most])
             return [entry for entry in entries if entry is not None]
         except OSError as error:
             self._warn(os.path.join(self.root, *names), f"cannot be read: {error.strerror}")
@@ -233,18 +233,31 @@ class Store:
         entry = _memory.get((*names, name))
         if entry is not None:
             return entry, "memory"
-        for layer in self.layers:
-            entry = layer.get(names, name)
-            if entry is not None:
-                return entry, layer.name
-        return None, None
+        listed, whole = self._listed(names)
+        found = listed.get(name)
+        if found is None and not whole:
+            read = ((layer.get(names, name), layer.name) for layer in self.layers)
+            found = next((pair for pair in read if pair[0] is not None), None)
+        return found or (None, None)
 
     def all_of(self, names):
-        """(entry, name of its layer) of everything known of one operator; the disk is looked through once."""
-        if names not in self._scanned:
-            self._scanned[names] = [(entry, layer.name) for layer in self.layers for entry in layer.scan(names)]
+        """(entry, name of its layer) of everything known of one operator."""
         memory = [(entry, "memory") for key, entry in _memory.items() if key[:-1] == names]
-        return memory + self._scanned[names]
+        return memory + list(self._listed(names)[0].values())
+
+    def _listed(self, names):
+        """((entry, name of its layer) by file's name, of the first layer that has it, and whether that is all).
+
+        The disk is read once, so that what a process uses does not change while it runs.
+        """
+        if names not in self._scanned:
+            found = {}
+            whole = all(len(layer.files(names)) <= MAX_SCANNED for layer in self.layers)
+            self._scanned[names] = found, whole
+            for layer in self.layers:
+                for entry in layer.scan(names, MAX_SCANNED):
+                    found.setdefault(entry.name, (entry, layer.name))
+        return self._scanned[names]
 
     def put(self, entry, *, keep=True):
         """Remember an entry for this process, and with `keep` for the next ones; whether it is on the disk now."""
