@@ -19,6 +19,8 @@ from filelock import FileLock
 
 from fusedops._core.cubin import CubinReport
 from fusedops._core.device import TARGETS
+from fusedops._core.occupancy import occupancy
+from tests.shared_memory import from_row, shared_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = "tests.data.compile_worker"
@@ -121,6 +123,9 @@ def broken_gates(row):
         broken.append(f"was compiled for {report.target}")
     if report.shared_bytes > target.shared_memory:
         broken.append(f"needs {report.shared_bytes} bytes of shared memory, {target.name} has {target.shared_memory}")
+    held = occupancy(target.capability, report.num_warps, report.registers, report.shared_bytes)
+    if not held.programs:
+        broken.append(f"fits no multiprocessor of {target.name}: {held.limits}")
     if report.stack_bytes > MAX_STACK_BYTES:
         broken.append(f"has a stack frame of {report.stack_bytes} bytes, at most {MAX_STACK_BYTES} are allowed")
     if report.spill_in_loop:
@@ -129,6 +134,18 @@ def broken_gates(row):
         broken += [] if report.wide_loads else ["has no LDG.E.128"]
         broken += [] if report.wide_stores else ["has no STG.E.128"]
     return broken
+
+
+def beyond_estimates(rows):
+    """Where an operator's arithmetic of shared memory says less than a kernel needs: its defaults rest on that."""
+    found = []
+    for row in rows:
+        if "report" not in row:
+            continue
+        needed, estimate = row["report"]["shared_bytes"], shared_memory(from_row(row, TARGETS[row["target"]]))
+        if needed > estimate:
+            found.append(f"{describe(row)}: needs {needed} bytes of shared memory, estimated are at most {estimate}")
+    return found
 
 
 def describe(row):
@@ -161,7 +178,7 @@ def cache_folder(request):
 def test_operator_compiles_within_the_static_gates(path, combinations, cache_folder, tmp_path):
     rows = compiled_rows(path, cache_folder, tmp_path, combinations)
     assert {(row["target"], row["dtype"]) for row in rows} == set(combinations)
-    found = violations(path, rows)
+    found = violations(path, rows) + beyond_estimates(rows)
     assert not found, f"{len(found)} violations in {len(rows)} examples:\n" + "\n".join(found)
 
 
@@ -211,6 +228,7 @@ def test_planted_faults_are_found(planted_rows):
         ({"stack_bytes": 72}, "stack frame of 72 bytes"),
         ({"target": "sm_80"}, "compiled for sm_80"),
         ({"spill_in_loop": True}, "spills in a loop"),
+        ({"registers": 256}, "fits no multiprocessor of H100 SXM"),
     ],
 )
 def test_each_limit_can_fail(planted_rows, change, sentence):
@@ -218,6 +236,14 @@ def test_each_limit_can_fail(planted_rows, change, sentence):
     assert broken_gates(good) == []
     altered = dataclasses.replace(CubinReport.from_dict(good["report"]), **change).as_dict()
     assert any(sentence in line for line in broken_gates({**good, "report": altered}))
+
+
+@pytest.mark.parametrize(("shared_bytes", "number"), [(18432, 0), (18433, 1)])
+def test_an_estimate_that_says_too_little_is_found(planted_rows, shared_bytes, number):
+    row = next(row for row in planted_rows if row["kernel"] == "_good_kernel")
+    tile = {"kernel": "_rms_norm_kernel", "constants": {"BLOCK_M": "4", "BLOCK_N": "1024"}}  # 16 KiB, and 2 beside it
+    altered = {**row, **tile, "report": {**row["report"], "shared_bytes": shared_bytes}}
+    assert len(beyond_estimates([altered])) == number
 
 
 def test_cache_key_follows_the_sources():
