@@ -20,6 +20,7 @@ BUDGETS = 2  # an activation spelled out, such as x * sigmoid(x), also rounds it
 GATE_METHOD = "_apply_gate"  # transformers' packed experts call it between their two grouped products
 
 _silu_mul, _gelu_mul = operators()["silu_mul"], operators()["gelu_mul"]
+_silu_mul_quantized = operators()["silu_mul_quantized"]
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -69,7 +70,8 @@ class GateState(State):
         """What `down` gets: the product, or its quantised rows."""
         if not wanted(self, gate):
             return self.multiply(gate, up)
-        values, scale = silu_mul_quantized(gate, up, dtype=self.rows)
+        run = _silu_mul_quantized.direct(gate, up)
+        values, scale = (silu_mul_quantized if run is None else run)(gate, up, dtype=self.rows)
         late = partial(self._late, gate, version_of(gate), up, version_of(up))
         return QuantizedRows(values, scale, gate.dtype, late, self)
 

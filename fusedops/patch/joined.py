@@ -17,6 +17,7 @@ MAX_WASTED = 8  # products in a row of which a part was left lying, before the l
 MAX_JOINS = 4  # times that the parameters may be found elsewhere, as after ``model.to(...)``
 
 _is_grad_enabled = torch.is_grad_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 class Group:
@@ -36,6 +37,7 @@ class Group:
 
     def _forget(self):
         self._whole = None
+        self._sizes = None
         self._states = None  # of the members' parameters, as they lie together
         self._product = None
         self._moved = False  # whether parameters were given a place among the others
@@ -56,7 +58,7 @@ class Group:
             index: Of the linear in `members`.
             x: Its input; not `QuantizedRows` that were read.
         """
-        mode = autocast_dtype(x)
+        mode = autocast_dtype(x) if _any_autocast() else None
         product, self._product = self._product, None
         if product is not None:
             if product.fits(index, x, mode, self.members):
@@ -73,8 +75,7 @@ class Group:
             out = type(whole).forward(whole, x)
         if len(self.members) == 1:
             return out
-        sizes = [member.out_features for member in self.members]
-        return self._take(_Product(x, mode, out.split(sizes, -1), self._states), index)
+        return self._take(_Product(x, mode, out.split(self._sizes, -1), self._states), index)
 
     def _take(self, product, index):
         """The result of a linear, which is not kept; those of the others are."""
@@ -97,8 +98,9 @@ class Group:
         if reason is not None:
             self._apart(reason)
             return
-        sizes = [member.out_features for member in members]
-        whole = type(first)(first.in_features, sum(sizes), first.bias is not None, "meta", first.dtype, **first.options)
+        self._sizes = [member.out_features for member in members]
+        size, bias = sum(self._sizes), first.bias is not None
+        whole = type(first)(first.in_features, size, bias, "meta", first.dtype, **first.options)
         with torch.no_grad(), torch.inference_mode(False):
             for name, dim in _dims(first).items():
                 parts = [member._parameters[name] for member in members]
@@ -198,7 +200,7 @@ def joined_forward(self, *args, **kwargs):
     if watched() or _is_grad_enabled() or kwargs or len(args) != 1:
         return type(self).forward(self, *args, **kwargs)
     x = args[0]
-    if type(x) is QuantizedRows and (x.made is not None or autocast_dtype(x) is not None):
+    if type(x) is QuantizedRows and (x.made is not None or (_any_autocast() and autocast_dtype(x))):
         x = x.read()
     state = self._fusedops
     out = state.group.compute(state.index, x)
@@ -247,7 +249,11 @@ def _own(part):
 
 
 def _state(member):
-    return [(id(p), p.data_ptr(), version_of(p)) for p in member._parameters.values() if p is not None]
+    parameters = [p for p in member._parameters.values() if p is not None]
+    try:
+        return [(id(p), p.data_ptr(), p._version) for p in parameters]
+    except RuntimeError:  # inference tensors, put there since: they have no version
+        return [(id(p), p.data_ptr(), None) for p in parameters]
 
 
 def _places(state):

@@ -20,6 +20,8 @@ MAX_EPS = 0.1  # a larger float attribute of a norm is something else
 FORMULAS = (("llama", 0.0), ("once", 0.0), ("once", 1.0), ("llama", 1.0))
 
 _rms_norm, _add_rms_norm = operators()["rms_norm"], operators()["add_rms_norm"]
+_rms_norm_quantized = operators()["rms_norm_quantized"]
+_add_rms_norm_quantized = operators()["add_rms_norm_quantized"]
 _is_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -79,7 +81,11 @@ class RMSNormState(NormState):
             self._check(weight, x)
         if wanted(self, x):
             options = {"weight_offset": self.weight_offset, "rounding": self.rounding}
-            values, scale = rms_norm_quantized(x, weight, self.eps, dtype=self.rows, **options)
+            run = _rms_norm_quantized.direct(x)
+            if run is not None:
+                values, scale = run(x, weight, self.eps, *options.values(), self.rows)
+            else:
+                values, scale = rms_norm_quantized(x, weight, self.eps, dtype=self.rows, **options)
             return QuantizedRows(values, scale, x.dtype, partial(self._late, weight, x, version_of(x)), self)
         return self._ordinary(weight, x)
 
@@ -99,7 +105,11 @@ class RMSNormState(NormState):
             self._check(weight, x)
         if wanted(self, x) and type(residual) is torch.Tensor:
             options = {"weight_offset": self.weight_offset, "rounding": self.rounding}
-            values, scale, h = add_rms_norm_quantized(x, residual, weight, self.eps, dtype=self.rows, **options)
+            run = _add_rms_norm_quantized.direct(x, residual)
+            if run is not None:
+                values, scale, h = run(x, residual, weight, self.eps, *options.values(), self.rows)
+            else:
+                values, scale, h = add_rms_norm_quantized(x, residual, weight, self.eps, dtype=self.rows, **options)
             return QuantizedRows(values, scale, x.dtype, partial(self._late, weight, h, version_of(h)), self), h
         run = _add_rms_norm.direct(x, residual)
         if run is not None:

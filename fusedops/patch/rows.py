@@ -7,6 +7,8 @@ from fusedops._core.register import watched
 from fusedops.nn._linear import autocast_dtype
 from fusedops.patch.instance import record_fallback
 
+_any_autocast = torch._C._is_any_autocast_enabled
+
 READ = "its result is read by more than quantised linears"
 MAX_READS = 4  # of one module's results, before it hands on ordinary tensors again
 
@@ -106,7 +108,7 @@ def wanted(state, x):
         and type(x) is torch.Tensor
         and (state.steady or not x.is_inference())
         and state.fallbacks.get(READ, 0) < MAX_READS
-        and autocast_dtype(x) is None
+        and not (_any_autocast() and autocast_dtype(x))
     )
 
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import fusedops
@@ -199,3 +200,27 @@ def test_copies_of_a_patched_norm():
             fusedops.reset_counters()
             assert torch.equal(again(x), expected)
             assert fusedops.counters()["rms_norm_quantized", "torch"] == 1
+
+
+class Mixes(nn.Module):
+    """Reads its input without any linear of its own."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.table = linear.to_linear().weight
+
+    def forward(self, x):
+        return F.linear(x, self.table)
+
+
+@pytest.mark.parametrize("other", [Mixes, lambda up: nn.Sequential(up.to_linear())], ids=["no linear", "not quantised"])
+def test_norm_that_another_module_gets(other):
+    """Seen beforehand: the result is made once, and quantised once for the linears that take it."""
+    model, x = _model(Parallel), torch.randn(2, 3, 64)
+    model.up = other(model.up)
+    with torch.no_grad():
+        expected = model(x)
+        handle = patch(model)
+        assert state_of(model.before).rows is None
+        torch.testing.assert_close(model(x), expected)
+    assert handle.fallbacks() == {}
