@@ -4,7 +4,7 @@ from fusedops.convert.calibrate import checked_batches
 from fusedops.convert.conversion import convert_all
 from fusedops.convert.schemes import find_scheme
 from fusedops.convert.select import DEFAULT_SKIP, select
-from fusedops.convert.smooth import Calibration
+from fusedops.convert.smooth import SEARCHES, Calibration
 
 OP = "quantize_"
 
@@ -39,7 +39,7 @@ def quantize_(
         static: Give every linear one fixed scale for its inputs, from the calibration, in place of each row's own:
             cheaper, and much coarser where a few tokens are far larger than the others.
         keep: Keep the float weights, so that `undo` can restore them: True where they are, ``"cpu"`` on the CPU.
-        progress: Is called with (done, total) after each batch and each linear.
+        progress: Is called with (done, total) after each batch, each search for places of smoothing, and each linear.
 
     Returns:
         `QuantizedModel` with `.report` and `.undo()`; with `keep` also a context manager.
@@ -60,7 +60,8 @@ def quantize_(
     selection = select(OP, model, scheme, skip)
     targets = selection.targets
     batches = [] if calibration is None else checked_batches(OP, calibration)
-    step = _Progress(progress, len(batches) + len(targets))
+    searches = SEARCHES if batches and smoothing is not None else 0
+    step = _Progress(progress, len(batches) + searches + len(targets))
     found = Calibration(model, targets, batches, step, smoothing) if batches else None
     if static:
         _check_reached(found)

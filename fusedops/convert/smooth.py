@@ -12,7 +12,9 @@ from fusedops.convert.report import Smoothing
 from fusedops.convert.select import Target, parameter_owners
 
 MAX_FACTOR = 2.0**10  # beyond its mean: a float16 activation keeps half its range
-TOLERANCE = 16  # epsilons that outputs may differ when exact powers of two were moved; twice the noise if that is more
+SEARCHES = 2  # runs of the model on the first batch beyond those for the ranges: to find places, and to check them
+TOLERANCE = 1e-4  # of outputs, relative, when exact powers of two were moved; only denormal numbers change then
+MAX_NOISE = 1e-2  # between two runs of one model, on devices where sums have no order; beyond it nothing is seen
 
 
 @dataclass(eq=False)
@@ -61,7 +63,7 @@ class Calibration:
         model: The model.
         targets: Targets of the linears that are quantised.
         batches: Model inputs; the first one is used to find and to check the places.
-        step: Is called after each batch.
+        step: Is called after each batch and each search.
         alpha: How much of the outliers goes into the weights; None looks for no places.
 
     Attributes:
@@ -80,8 +82,10 @@ class Calibration:
             proposed = self._of_norms(norms, targets, parameter_owners(model))
             explained = {target for fold in proposed for target in fold.consumers}
             proposed += self._of_products(model, targets, explained, batches[0])
+            step()
             usable = [fold for fold in proposed if self._is_finite(fold)]
             self.folds = _without_effect(model, usable, batches[0])
+            step()
         for fold in usable:
             if fold not in self.folds:
                 self.rows.append(fold.row("skipped", "not only these linears read it"))
@@ -167,10 +171,15 @@ def _without_effect(model, folds, batch):
     """
     if not folds:
         return []
-    before, again = (float_tensors(run(model, batch)) for _ in range(2))
-    if not before:
-        raise ValueError("calibration: the model must return floating tensors, by which the folding is checked")
-    limits = [max(TOLERANCE * torch.finfo(out.dtype).eps, 2 * _distance(b, out)) for b, out in zip(again, before)]
+    out = run(model, batch)
+    before, again = float_tensors(out), float_tensors(run(model, batch))
+    if not any(bool(tensor.isfinite().any()) for tensor in before):
+        found = "NaN or infinity only" if before else type(out).__name__
+        raise ValueError(
+            "quantize_: model must return finite tensors, by which smoothing is checked, or smoothing be None, "
+            f"got {found}"
+        )
+    limits = [min(max(TOLERANCE, 2 * _distance(b, a)), MAX_NOISE) for a, b in zip(before, again)]
 
     def agrees(some):
         with hooked([pair for fold in some for pair in _moving(fold)]):
@@ -218,8 +227,9 @@ def _moving(fold):
 
 
 def _distance(out, truth):
-    """Euclidean, relative; infinite where NaN or infinity stand at other places."""
-    if torch.equal(out, truth):
-        return 0.0
-    difference = float((out.double() - truth.double()).norm() / truth.double().norm())
-    return difference if difference == difference else float("inf")
+    """Euclidean, relative, of the finite elements; infinite where the others do not stand at the same places."""
+    is_finite = truth.isfinite()
+    if not torch.equal(out.isfinite(), is_finite):
+        return float("inf")
+    out, truth = out[is_finite].double(), truth[is_finite].double()
+    return float((out - truth).norm() / truth.norm()) if not torch.equal(out, truth) else 0.0

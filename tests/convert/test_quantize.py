@@ -162,11 +162,15 @@ def test_failure_midway(stage, failing, monkeypatch):
 
 
 def test_progress():
+    """Batches, the two searches of smoothing, and linears."""
     seen = []
     fusedops.quantize_(
         tower(), "int8", calibration=[tokens(seed=i) for i in range(3)], progress=lambda *a: seen.append(a)
     )
-    assert seen == [(i, 19) for i in range(1, 20)]
+    assert seen == [(i, 21) for i in range(1, 22)]
+    seen.clear()
+    fusedops.quantize_(tower(), "int8", progress=lambda *a: seen.append(a))
+    assert seen == [(i, 16) for i in range(1, 17)]
 
 
 def test_report():
