@@ -47,7 +47,7 @@ class WeightOnlyConfig:
 class CombineConfig:
     """Elements of a row of the output that one program adds up."""
 
-    block_n: int = 1024
+    block_n: int
     num_warps: int = 4
 
 
@@ -281,6 +281,11 @@ def config(op, device_limits, x, values, scale, zero, bias, residual, activation
     return TILE.choose(device_limits, (x.numel() // K, N, K, x.element_size(), pack, group_k), also)
 
 
+def _default_join(gated):
+    """1024 results, 16 bytes of them for each thread; pairs become half as many."""
+    return CombineConfig(2048 if gated else 1024)
+
+
 def stored_format(values, device_limits):
     """How the kernel reads the weights: float8 as such where the hardware converts it."""
     if values.dtype == torch.float8_e4m3fn:
@@ -325,7 +330,7 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation, gated
     numbers = (*strides, M, N, K, values.shape[1], part_stored)
     _run(grid, (rows, values, scale, zero, *behind, target), numbers, constants, tile.num_warps, tile.num_stages)
     if is_split:
-        join = CombineConfig()
+        join = _default_join(gated)
         constants = {"SCALE": kind, "ACTIVATION": activation or "none", "GATED": gated, "BLOCK_N": join.block_n}
         _run_combine(
             (M, ceil_div(N, join.block_n), 1), (target, scale, bias, residual, out),
@@ -350,7 +355,7 @@ def examples(dtype, target):
     yield _example(dtype, target, 64, fp8, 128, PAIRS)
     yield _example(dtype, target, 1, "int4", 32)
     yield _example(dtype, target, 1024, "int8", 0)
-    join = CombineConfig()
+    join = _default_join(gated=True)
     types = {"parts_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}"}
     types |= {"out_ptr": f"*{dtype}", "stride_residual_m": "i32", "M": "i32", "N": "i32", "splits": "i32"}
     constants = {"stride_scale_n": 1, "SCALE": "row", "ACTIVATION": "silu", "GATED": True, "BLOCK_N": join.block_n}
