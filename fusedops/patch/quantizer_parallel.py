@@ -63,8 +63,11 @@ def fit_local_shards(model):
     """Tell the layers that hold a part of the columns how many these are.
 
     Raises:
-        NotImplementedError: columns that share a scale would be on two ranks.
+        NotImplementedError: columns that share a scale would be on two ranks, or this transformers does not ask a
+            quantiser about its plan.
     """
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        _check_plans()
     for path, module in quantized_linears(model):
         if not hasattr(module.weight, "to_local"):
             continue
@@ -78,3 +81,15 @@ def fit_local_shards(model):
                 f"times the ranks, {group} * {model._tp_size}, got {module.in_features} for {path}"
             )
         module.in_features = local * 2 if module.weight.dtype == torch.uint8 else local
+
+
+def _check_plans():
+    try:
+        import transformers.distributed.parallel_utils
+    except ImportError:
+        import transformers
+
+        raise NotImplementedError(
+            "FusedOpsConfig: tensor parallelism of quantised layers needs a newer transformers, which lets a quantiser "
+            f"complete its plan, got {transformers.__version__}"
+        ) from None

@@ -1,13 +1,14 @@
 """What tensor parallelism is told of quantised layers; that it computes the same is tested with two processes."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from fusedops.patch.quantizer_parallel import add_scales_to_plan, check_distributed
+from fusedops.patch.quantizer_parallel import add_scales_to_plan, check_distributed, fit_local_shards
 from tests.patch.quantized_checkpoints import load, save_tiny
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers.distributed.parallel_utils")
 
 DOWN, UP = "model.layers.*.mlp.down_proj", "model.layers.*.mlp.up_proj"
 
@@ -59,3 +60,13 @@ def test_what_is_refused(models, monkeypatch):
     monkeypatch.setattr(model.config, "distributed_config", distributed(dp_size=2))
     with pytest.raises(NotImplementedError, match="must not be split by FSDP"):
         check_distributed(model, pre_quantized=True)
+
+
+def test_a_transformers_that_does_not_ask(models, monkeypatch):
+    """Scales that were split with the columns of their weights would be those of other rows."""
+    model = models["int8"]
+    monkeypatch.setattr(model, "_tp_size", 2)
+    fit_local_shards(model)
+    monkeypatch.setitem(sys.modules, "transformers.distributed.parallel_utils", None)
+    with pytest.raises(NotImplementedError, match="needs a newer transformers"):
+        fit_local_shards(model)
