@@ -11,6 +11,7 @@ import fusedops
 from fusedops.nn import Int8Linear
 from fusedops.patch import patch, unpatch
 from fusedops.patch.instance import ATTRIBUTE, state_of
+from tests.ops.common import using
 from tests.patch.engine import alone, prompts, together
 from tests.patch.quantized_models import counted, looker, quantized
 from tests.patch.test_undo import assert_same, snapshot
@@ -49,6 +50,19 @@ def test_counts_and_bits(family):
     assert handle.fallbacks() == {}
     handle.undo()
     assert torch.equal(logits(model, ids), stock)
+
+
+def test_kernels():
+    """The same bits from the GPU's kernels, which get columns of wider matrices to rotate, attend and multiply."""
+    model, ids = quantized(tiny("llama", num_hidden_layers=1)), tokens(1, 3)
+    with using("triton"):
+        handle = patch(model, linear=False)
+        expected = logits(model, ids)
+        handle.undo()
+        patch(model)
+        found, calls = counted(model, ids)
+    assert torch.equal(found, expected) and {name for _, name in fusedops.counters()} == {"triton"}
+    assert calls["int8_matmul"] == 4 and calls["quantize_int8"] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
