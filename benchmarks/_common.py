@@ -64,6 +64,7 @@ class Case:
         tolerance: A peer whose results differ from ours by more, relative to their norm, is left out as wrong.
         cost: (bytes, operations) of the call where they are not those that ``explain`` gives.
         goal: (ratio to the best peer, part of the ceiling), the least there should be; None asks nothing.
+        against: Peers that the goal's ratio is to, the best of them that ran; empty: all.
         check: Function (case, arguments, our result) that gives our error against float64; None where there is none.
     """
 
@@ -76,6 +77,7 @@ class Case:
     tolerance: float = 0.03
     cost: tuple | None = None
     goal: tuple = (None, None)
+    against: tuple = ()
     check: Callable | None = error_of
 
 
@@ -213,10 +215,11 @@ def measured(case, device, rounds, ceilings):
 def judged(case, row):
     """Whether a row reaches the case's goal; None where there is none, or nobody to beat."""
     ratio, part = case.goal
-    if case.goal == (None, None) or (ratio is not None and row["speedup"] is None):
+    rivals = [seconds for name, seconds in row["peers"].items() if not case.against or name in case.against]
+    if case.goal == (None, None) or (ratio is not None and not rivals):
         return None
     reached = row["share_of_copy_bandwidth"] if row["share_of_matmul_rate"] is None else row["share_of_matmul_rate"]
-    return (ratio is None or row["speedup"] >= ratio) and (part is None or reached >= part)
+    return (ratio is None or min(rivals) >= ratio * row["seconds"]) and (part is None or reached >= part)
 
 
 def arguments_of(parser):

@@ -1,4 +1,6 @@
-"""rms_norm and add_rms_norm against torch, torch.compile, Liger and QuACK; those that end in codes against torch."""
+"""rms_norm and add_rms_norm against torch, torch.compile, Liger and QuACK; with codes FlashInfer and vLLM too."""
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,10 @@ EPS = 1e-6
 LIGER = peer("liger_kernel.transformers.functional", "liger_rms_norm")
 LIGER_ADD = peer("liger_kernel.transformers.functional", "liger_fused_add_rms_norm")
 QUACK = peer("quack", "rmsnorm")
+FLASHINFER = peer("flashinfer.norm", "rmsnorm_quant")
+FLASHINFER_ADD = peer("flashinfer.norm", "fused_add_rmsnorm_quant")
+VLLM = peer("vllm._custom_ops", "rms_norm_dynamic_per_token_quant")
+FP8 = torch.float8_e4m3fn
 
 # (rows, N), the decisive ones first: a batch, one token and a short prompt of models from 576 to 16,384 wide
 SHAPES = {
@@ -51,6 +57,59 @@ def quantized_cases(shape, dtype, makes, goal):
         yield Case(name, shape, dtype, make, candidates, {}, goal=goal)
 
 
+def alike(rows, n, device, dtype):
+    """Rows of the same numbers, each with its own turn and signs: normalised with weights of 1, all have one scale."""
+    base = torch.randn(n, device=device)
+    places = torch.arange(n, device=device) + torch.randint(n, (rows, 1), device=device)
+    signs = torch.randint(2, (rows, 1), device=device) * 2 - 1
+    return (base[places % n] * signs).to(dtype)
+
+
+def fp8_cases(rows, n, device, dtype, goal):
+    """Both operators with float8 output, on rows that share a scale: FlashInfer takes one that is known before."""
+    ones = torch.ones(n, device=device, dtype=dtype)
+
+    def make(seed):
+        return (alike(rows, n, device, dtype),)
+
+    def make_residual(seed):
+        x = alike(rows, n, device, dtype)
+        return x, torch.zeros_like(x)
+
+    known = rms_norm_quantized(*make(0), ones, dtype=FP8)[1][:1]
+
+    def torch_fp8(x, residual=None):
+        h = x if residual is None else x + residual
+        out = F.rms_norm(h, ones.shape, ones, EPS).float()
+        scale = out.abs().amax(-1, keepdim=True) / 448
+        codes = (out * (1 / scale)).to(FP8), scale.squeeze(-1)
+        return codes if residual is None else (*codes, h)
+
+    def flashinfer(x, residual=None):
+        out = torch.empty_like(x, dtype=FP8)
+        if residual is None:
+            FLASHINFER(out, x, ones, known, EPS)
+            return out, known.expand(rows)
+        FLASHINFER_ADD(out, x, residual, ones, known, EPS)
+        return out, known.expand(rows), residual
+
+    def vllm(x, residual=None):
+        out, scale = VLLM(x, ones, EPS, FP8, None, residual)
+        return (out, scale.squeeze(-1)) if residual is None else (out, scale.squeeze(-1), residual)
+
+    for function, made in ((rms_norm_quantized, make), (add_rms_norm_quantized, make_residual)):
+        options = {"weight": ones, "dtype": FP8}
+        candidates = {
+            "fusedops": functools.partial(function, **options), "torch": torch_fp8, "torch.compile": compiled(torch_fp8)
+        }  # fmt: skip
+        if device == "cuda" and (FLASHINFER if function is rms_norm_quantized else FLASHINFER_ADD):
+            candidates["flashinfer"] = flashinfer
+        if device == "cuda" and VLLM:
+            candidates["vllm"] = vllm
+        shape = f"{rows}x{n} float8"
+        yield Case(function.__name__, shape, dtype, made, candidates, options, goal=goal, against=("flashinfer",))
+
+
 def cases(device, quick):
     """Every operator on every shape."""
     for rows, n in SHAPES[device][:2] if quick else SHAPES[device]:
@@ -79,6 +138,8 @@ def cases(device, quick):
             yield Case("add_rms_norm", f"{rows}x{n}", dtype, make_residual, fused, {}, goal=goal)
             goal = (1.0, 0.88) if rows >= 8192 else (None, None)
             yield from quantized_cases(f"{rows}x{n}", dtype, (make, make_residual), goal)
+            goal = (1.2, 0.88) if rows >= 8192 else (None, None)
+            yield from fp8_cases(rows, n, device, dtype, goal)
 
 
 if __name__ == "__main__":

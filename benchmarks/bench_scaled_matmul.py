@@ -1,5 +1,7 @@
 """int8_matmul and fp8_matmul against torch's products, bf16 nn.Linear, torchao and DeepGEMM; codes are made before."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from _common import Case, compiled, main, peer
@@ -13,6 +15,7 @@ MIB = 2**20
 
 # (columns, depth) of layers: Llama 3 8B and SmolLM2-135M, the widest first
 LAYERS = {"cuda": [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)], "cpu": [(3072, 576), (576, 1536)]}
+INT_MM, SCALED_MM, LINEAR = "_int_mm, compiled epilogue", "_scaled_mm", "bf16 linear"
 ROWS = {"cuda": [4096, 1, 16, 64, 1024, 8192], "cpu": [1, 64]}
 
 
@@ -38,30 +41,42 @@ def real(codes, scale, block_rows):
     return (codes.float() * scale).to(OUT)
 
 
-def int8_peers(device, bias):
+def pairs_joined(p):
+    """silu(gate) * up of columns in which each gate stands before its up."""
+    return F.silu(p[:, ::2]) * p[:, 1::2]
+
+
+def followed(product, gated):
+    """The product, and of pairs what follows it, compiled."""
+    join = compiled(pairs_joined)
+    return (lambda *args: join(product(*args))) if gated else product
+
+
+def int8_peers(device, bias, gated):
     """Of integers with scales of rows."""
 
     def epilogue(acc, scale_a, scale_b):
-        return (acc.float() * scale_a[:, None] * scale_b + bias).to(OUT)
+        p = acc.float() * scale_a[:, None] * scale_b + bias
+        return (pairs_joined(p) if gated else p).to(OUT)
 
     finish = compiled(epilogue)
     peers = {
-        "_int_mm, compiled epilogue": lambda a, b, s, t: finish(torch._int_mm(a, b.T), s, t),
-        "bf16 linear": Widened(bias),
+        INT_MM: lambda a, b, s, t: finish(torch._int_mm(a, b.T), s, t),
+        LINEAR: followed(Widened(bias), gated),
     }
-    if device == "cuda" and TORCHAO:
+    if device == "cuda" and TORCHAO and not gated:
         after = compiled(lambda acc, t: (acc * t + bias).to(OUT))
         peers["torchao"] = lambda a, b, s, t: after(TORCHAO(a, b.T, s[:, None]), t)
     return peers
 
 
-def fp8_peers(device, bias):
+def fp8_peers(device, bias, gated):
     """Of float8 with scales of rows."""
 
     def scaled_mm(a, b, s, t):
         return torch._scaled_mm(a, b.T, scale_a=s[:, None], scale_b=t[None], bias=bias, out_dtype=OUT)
 
-    return {"_scaled_mm": scaled_mm, "bf16 linear": Widened(bias)}
+    return {SCALED_MM: followed(scaled_mm, gated), LINEAR: followed(Widened(bias), gated)}
 
 
 def block_peers(device):
@@ -75,11 +90,22 @@ def block_peers(device):
         DEEP_GEMM((a, s), (b, t), out)
         return out
 
-    peers = {"_scaled_mm": scaled_mm, "bf16 linear": Widened(None)}
+    peers = {SCALED_MM: scaled_mm, LINEAR: Widened(None)}
     return peers | {"deep_gemm": deep_gemm} if device == "cuda" and DEEP_GEMM else peers
 
 
-def case_of(op, kind, rows, columns, depth, device):
+def goal_of(op, kind, rows, columns, depth):
+    """(the goal, the peers that its ratio is to)."""
+    if rows >= 1024:
+        if op is int8_matmul:
+            return (1.3, None), (INT_MM,)
+        return ((1.0, None), (SCALED_MM,)) if kind == "rows" else ((0.97, None), ("deep_gemm",))
+    if rows <= 64 and columns * depth >= 32 * MIB:
+        return (1.75 if rows <= 32 else None, 0.88), (LINEAR,)
+    return (None, None), ()
+
+
+def case_of(op, kind, rows, columns, depth, device, gated=False):
     """One shape. Rows and weights are random, with the spread of activations and of weights."""
     bias = None if kind == "blocks" else torch.randn(columns, device=device).to(OUT)
 
@@ -93,17 +119,13 @@ def case_of(op, kind, rows, columns, depth, device):
             made = [quantize_fp8(x, granularity="block"), quantize_fp8(weight, granularity="block_2d")]
         return *(codes for codes, _ in made), *(scale for _, scale in made)
 
-    def ours(a, b, s, t):
-        return op(a, b, s, t, bias=bias)
-
-    peers = int8_peers(device, bias) if op is int8_matmul else fp8_peers(device, bias)
-    peers = block_peers(device) if kind == "blocks" else peers
-    if rows >= 1024:
-        goal = {"int8": (1.3, None), "rows": (1.0, None), "blocks": (0.97, None)}["int8" if op is int8_matmul else kind]
-    else:
-        goal = (None, 0.88) if rows <= 64 and columns * depth >= 32 * MIB else (None, None)
-    shape = f"{rows}x{columns}x{depth} {kind}"
-    return Case(op.__name__, shape, OUT, make, {"fusedops": ours, **peers}, {"bias": bias}, goal=goal)
+    options = {"bias": bias} | ({"activation": "silu", "gated": True} if gated else {})
+    peers_of = int8_peers if op is int8_matmul else fp8_peers
+    peers = block_peers(device) if kind == "blocks" else peers_of(device, bias, gated)
+    candidates = {"fusedops": functools.partial(op, **options), **peers}
+    goal, against = goal_of(op, kind, rows, columns, depth)
+    shape = f"{rows}x{columns}x{depth} {kind}{', pairs' * gated}"
+    return Case(op.__name__, shape, OUT, make, candidates, options, goal=goal, against=against)
 
 
 def cases(device, quick):
@@ -114,6 +136,9 @@ def cases(device, quick):
             yield case_of(int8_matmul, "rows", rows, columns, depth, device)
             yield case_of(fp8_matmul, "rows", rows, columns, depth, device)
             yield case_of(fp8_matmul, "blocks", rows, columns, depth, device)
+        columns, depth = layers[0]
+        for op in (int8_matmul, fp8_matmul):  # a gate and an up projection as one weight
+            yield case_of(op, "rows", rows, columns, depth, device, gated=True)
 
 
 if __name__ == "__main__":

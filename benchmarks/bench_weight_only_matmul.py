@@ -17,6 +17,8 @@ SIZES = {"cuda": ((4096, 14336), (14336, 4096)), "cpu": ((4096, 4096), (1536, 57
 DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.bfloat16, torch.float32)}
 GOAL = {"cuda": (1.75, 0.88), "cpu": (1.5, None)}  # of 8-bit weights and few rows, beside the 16-bit product
 GROUP = 128
+LINEAR = "F.linear of the expanded weight"
+LARGE = 2**25  # bytes of weights from which the memory's bandwidth is the goal
 
 
 def stored(kind, N, K, device, dtype):
@@ -62,7 +64,7 @@ class Peers:
 
     def functions(self):
         """Name to function of (x, values, scale)."""
-        found = {"F.linear of the expanded weight": self.taking("dense", F.linear)}
+        found = {LINEAR: self.taking("dense", F.linear)}
         if self.kind == "int8":
             found["torch._weight_int8pack_mm"] = torch._weight_int8pack_mm
             if self.device == "cuda":
@@ -93,9 +95,11 @@ def case(kind, rows, sizes, device, dtype):
         others.add(seed, values, scale, K)
         return torch.randn(rows, K, device=device).to(dtype), values, scale
 
-    goal = GOAL[device] if kind != "int4" and rows <= 32 and N * K >= 2**24 else (None, None)
+    goal = (None, None)
+    if kind != "int4" and rows <= 64 and N * K >= (LARGE if device == "cuda" else 2**24):
+        goal = GOAL[device] if rows <= 32 else (None, GOAL[device][1])
     name, candidates = f"{kind} {rows}x{N}x{K}", {"fusedops": weight_only_matmul, **others.functions()}
-    return Case("weight_only_matmul", name, dtype, make, candidates, {}, goal=goal)
+    return Case("weight_only_matmul", name, dtype, make, candidates, {}, goal=goal, against=(LINEAR,))
 
 
 def module_case(sizes, device, dtype):

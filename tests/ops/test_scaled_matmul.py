@@ -289,7 +289,8 @@ REJECTS = [
 
 @pytest.mark.parametrize("call, error, message", REJECTS)
 def test_rejects(call, error, message):
-    """B19, B59: sizes that a kernel's integers cannot hold, and sizes of 0, are told before anything is launched."""
+    """B19: vllm-project/vllm-gguf-plugin#127: a size of 64 bits narrowed to 32; B59: turboderp-org/exllamav3#310: sizes
+    of 0. They are told before anything is launched, and so are scales of shapes that fit nothing."""
     assert_rejected(call, error, message)
 
 
