@@ -123,6 +123,7 @@ OCCUPANCIES = [
     ((90, 8, 33, 0), 6, "registers"),
     ((90, 12, 168, 197000), 1, "registers"),
     ((90, 1, 255, 0), 8, "registers"),
+    ((90, 1, 96, 0), 20, "registers"),  # 5 warps a partition; in one file of registers there would be room for 21
     ((90, 4, 16, 113 * KIB), 2, "shared memory"),  # with the block's own KiB exactly half of 228
     ((90, 4, 16, 113 * KIB + 1), 1, "shared memory"),
     ((90, 4, 16, 227 * KIB), 1, "shared memory"),
