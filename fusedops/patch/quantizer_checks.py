@@ -7,6 +7,7 @@ import torch
 from fusedops._core.checks import FLOATS
 from fusedops.patch.quantizer_modules import quantized_linears
 
+PARTS = ("weight_scale", "weight_zero", "input_scale")  # of a quantised layer alone
 SHOWN = 4  # of the problems found
 DTYPES = {
     "I8": torch.int8,
@@ -50,14 +51,14 @@ def check_files(model, quantizer, files):
     for path, module in quantized_linears(model):
         wanted |= {f"{path}.{name}": tensor for name, tensor in _wanted(module, quantizer.pre_quantized).items()}
     problems, seen = [], set()
-    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    modules, known = dict(model.named_modules(remove_duplicate=False)), model.state_dict()
     for name, key, shape, dtype in _stored(model, quantizer, files):
         seen.add(name)
         path, _, part = name.rpartition(".")
         if name in wanted:
             problems.append(wanted[name].problem(key, shape, dtype))
-        elif part == "weight_scale" and path in modules:
-            problems.append(f"{key} of a layer that stays as it is")
+        elif part in PARTS and path in modules and name not in known:
+            problems.append(f"{key}, which its layer does not have")
     for name in wanted:
         if name not in seen and f"{name.rpartition('.')[0]}.weight" in seen:
             problems.append(f"{name} is missing")

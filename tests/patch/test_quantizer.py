@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusedops import quantize_
 from fusedops.convert.schemes import find_scheme
 from fusedops.nn import QuantizedLinear, WeightOnlyLinear
 from fusedops.patch import FusedOpsConfig, patch
@@ -80,6 +81,16 @@ def test_families(family, options, number, tmp_path):
     assert same_tensors(model, quantized(load(tmp_path / "floats"), "int4-weight-only"))
     model.save_pretrained(tmp_path / "quantised")
     again = load(tmp_path / "quantised")
+    assert same_tensors(again, model) and torch.equal(logits(again, tokens()), logits(model, tokens()))
+
+
+def test_a_model_after_quantize_(floats, tmp_path):
+    """With a config that says what was done, it is saved and loaded too: the way for smoothed activations."""
+    model = load(floats)
+    quantize_(model, "int8", skip=("lm_head", "down_proj"), calibration=[tokens(), tokens(seed=1)])
+    model.config.quantization_config = FusedOpsConfig("int8", modules_to_not_convert=["lm_head", "down_proj"])
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
     assert same_tensors(again, model) and torch.equal(logits(again, tokens()), logits(model, tokens()))
 
 

@@ -65,8 +65,14 @@ QUANTISED = {
     "no bias": ("int8", drop("model.layers.0.self_attn.q_proj.bias"), {}, r"q_proj\.bias is missing"),
     "neither codes nor scale": ("int8", lambda t: [t.pop(CODES), t.pop(SCALE)], {}, r"weight is missing; .*scale is"),
     "another group size": ("int4-weight-only", None, {"quantization": {"group_size": 64}}, r"\[96, 2\], not .* 1\]"),
+    "a scale of inputs": (
+        "int8",
+        lambda tensors: tensors.update({f"{MLP}.input_scale": torch.tensor(0.1)}),
+        {},
+        "input_scale, which its layer does not have",
+    ),
     "codes of a layer that is said to stay": (
-        "int8", None, {"quantization": {"modules_to_not_convert": ["lm_head", MLP]}}, "scale of a layer that stays",
+        "int8", None, {"quantization": {"modules_to_not_convert": ["lm_head", MLP]}}, "weight_scale, which its layer",
     ),
 }  # fmt: skip
 
