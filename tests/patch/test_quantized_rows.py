@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedops
 from fusedops.patch import patch
@@ -174,8 +175,15 @@ def test_without_the_other_kinds(kind):
     assert with_it[0] not in calls and calls["quantize_int8"] == with_it[1] and calls["int8_matmul"] == 8
 
 
-def test_norm_in_autocast_or_of_other_dtypes():
-    """There torch chooses the dtype of the product: the norm's result is ordinary."""
+class Watching(TorchDispatchMode):
+    """Sees every operation of torch."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_norm_in_autocast_or_watched():
+    """Where torch chooses the dtype of the product, or something looks at every operation, the result is ordinary."""
     model, x = _model(Parallel), torch.randn(2, 3, 64)
     patch(model)
     with torch.no_grad():
@@ -184,6 +192,8 @@ def test_norm_in_autocast_or_of_other_dtypes():
             assert type(model.before(x)) is torch.Tensor
             rows = QuantizedRows(*fusedops.quantize_int8(x), x.dtype, lambda: x.clone(), State(None))
             assert model.up(rows).dtype == torch.bfloat16 and rows.made is not None
+        with Watching():
+            assert type(model.before(x)) is torch.Tensor
     assert type(model.before(x)) is torch.Tensor  # with gradients
     with torch.no_grad():
         model.double()
