@@ -43,13 +43,14 @@ def test_one_product_of_three():
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 1, 0, 2), (0, 0, 0), (2, 0), (1, 0, 1, 2)])
 def test_any_order(order):
     """Whoever is called first computes; a result is given once."""
-    plain, model, _ = _twins()
+    plain, model, handle = _twins()
     x = torch.randn(2, 3, 64)
     with torch.no_grad():
         for _ in range(2):
             for index in order:
                 name = ("ask", "find", "tell")[index]
                 assert torch.equal(getattr(model, name)(x), getattr(plain, name)(x))
+    assert handle.fallbacks() == {}
 
 
 def _change_input(model, x):
@@ -233,7 +234,7 @@ def test_second_patcher():
         patch(model)
     assert_same(before, snapshot(model))
     handle = patch(model, strict=False)
-    assert _names(handle) == ["ask", "tell"]
+    assert _names(handle) == ["ask", "tell"] and state_of(model.ask).group.members == [model.ask, model.tell]
     handle.undo()
     assert_same(before, snapshot(model))
 
