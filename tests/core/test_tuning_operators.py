@@ -44,6 +44,10 @@ def paged():
     return torch.cat((q, q), 1), *caches, table, lengths
 
 
+def rotated():
+    return heads(1, 3, 4), heads(1, 3, 2, seed=1), *(make_tensor((1, 3, 32), HALF, seed=seed) for seed in (2, 3))
+
+
 def product(rows, columns=80, depth=160):
     a, b = (make_tensor((size, depth), torch.float32, seed=seed) for seed, size in enumerate((rows, columns)))
     (a, scale_a), (b, scale_b) = quantize_int8(a), quantize_int8(b)
@@ -63,6 +67,10 @@ CALLS = {
     "add_rms_norm_quantized": lambda: ((*rows(2), vector()), {}),
     "layer_norm": lambda: ((*rows(), vector(), vector()), {}),
     "add_layer_norm": lambda: ((*rows(2), vector()), {}),
+    "rotary": lambda: (rotated(), {}),
+    "silu_mul": lambda: (rows(2, 700), {}),
+    "gelu_mul": lambda: (rows(2, 700), {"approximate": "tanh"}),
+    "silu_mul_quantized": lambda: (rows(2), {}),
     "attention": lambda: ((heads(1, 24, 4), heads(1, 24, 2, seed=1), heads(1, 24, 2, seed=2)), {"causal": True}),
     "paged_attention": lambda: (paged(), {}),
     "int8_matmul tile": lambda: (product(70), {"out_dtype": HALF}),
@@ -70,7 +78,7 @@ CALLS = {
     "weight_only_matmul": lambda: weight_only(3),
     "weight_only_matmul many": lambda: weight_only(70),
 }
-SAME_BITS = ("matmul", "layer_norm", "rms_norm")  # in the interpreter, which adds up a row in one order always
+SAME_BITS = ("matmul", "norm", "rotary", "_mul")  # in the interpreter, which adds up a row in one order always
 SAMPLE = 3
 
 

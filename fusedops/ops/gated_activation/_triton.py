@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 
 from fusedops._core import codes, rows
+from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.tl import activate, encoded, inverse_of, largest_bits, row_offsets, scale_of, size_bits
+from fusedops._core.tuning import Tunable
 
 
 @triton.jit
@@ -128,18 +130,40 @@ BLOCK = 2048  # elements of a tile: 32 bytes or more per thread and tensor in fl
 NUM_WARPS = 4
 
 
-def config(op, device_limits, *args):
-    """The configuration of one call."""
-    if op == "silu_mul_quantized":
-        return rows.default(args[0].shape[-1])
-    layout = _layout(*(arg for arg in args if isinstance(arg, torch.Tensor)))
-    return _default(args[0].numel() if layout is None else layout[1])
-
-
 def _default(n):
     """Tiles of one size, as wide as the rows allow; results do not depend on it, since no element sees another."""
     block_n = min(power_of_2(n), BLOCK)
     return rows.RowConfig(BLOCK // block_n, block_n, NUM_WARPS)
+
+
+def _fits(tile, n, device_limits):
+    """Whether rows are cut into tiles, and a thread has registers for its values and wide accesses."""
+    values = tile.block_n // (32 * tile.num_warps)
+    return tile.block_m == 1 and tile.block_n <= n and rows.MIN_VALUES <= values <= rows.MAX_VALUES
+
+
+def _tunable(name):
+    space = {"block_n": (1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8)}
+    return Tunable(
+        name, default=lambda n, device_limits: _default(n), sizes=("n",), also=("dtype", "activation"), space=space,
+        fits=_fits, source=__file__,
+    )  # fmt: skip
+
+
+FORWARD, BACKWARD = _tunable("gated_activation"), _tunable("gated_activation_backward")
+QUANTIZED = rows.tunable("silu_mul_quantized", __file__, ("dtype", "codes"))
+
+
+def config(op, device_limits, *args):
+    """The configuration of one call."""
+    if op == "silu_mul_quantized":
+        return QUANTIZED.choose(device_limits, args[0].shape[-1:], (args[0].dtype, args[2]))
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    layout = _layout(*tensors)
+    activation = _gelu_name(args[len(tensors)]) if op.startswith("gelu") else "silu"
+    tunable = BACKWARD if op.endswith("backward") else FORWARD
+    n = args[0].numel() if layout is None else layout[1]
+    return tunable.choose(device_limits, (n,), (args[0].dtype, activation))
 
 
 def _layout(*tensors):
@@ -167,7 +191,7 @@ def silu_mul_quantized(gate, up, dtype):
         return values, scale.fill_(codes.LEAST_SCALE)
     (gate, up), (num_rows, inner, strides) = rows.stridable(gate, up)
     n = gate.shape[-1]
-    tile = rows.default(n)
+    tile = QUANTIZED.choose(limits(gate.device), (n,), (gate.dtype, dtype))
     stored, code, by_integers = codes.as_stored(values)
     _gated_quantized_kernel[(ceil_div(num_rows, tile.block_m),)](
         gate, up, stored, scale, *strides, num_rows, n, inner,
@@ -200,7 +224,7 @@ def _launch(gate, up, out, activation):
     if layout is None:  # more than two row strides: the slower way, through contiguous copies
         return out.copy_(_launch(gate.contiguous(), up.contiguous(), None, activation))
     num_rows, n, inner, strides = layout
-    tile = _default(n)
+    tile = FORWARD.choose(limits(gate.device), (n,), (gate.dtype, activation))
     _gated_kernel[(ceil_div(num_rows, tile.block_m) * ceil_div(n, tile.block_n),)](
         gate, up, out, *strides, num_rows, n, inner,
         ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
@@ -218,7 +242,7 @@ def _launch_backward(grad, gate, up, activation):
         given = [tensor.contiguous() for tensor in given]
         layout = _layout(*given)
     num_rows, n, inner, strides = layout
-    tile = _default(n)
+    tile = BACKWARD.choose(limits(gate.device), (n,), (gate.dtype, activation))
     _gated_backward_kernel[(ceil_div(num_rows, tile.block_m) * ceil_div(n, tile.block_n),)](
         *given, dgate, dup, *strides, num_rows, n, inner,
         ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,

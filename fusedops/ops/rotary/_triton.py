@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
-from fusedops._core.rows import dense
+from fusedops._core.rows import MAX_VALUES, dense
+from fusedops._core.tuning import Tunable
 
 
 @triton.jit
@@ -114,9 +116,32 @@ def default(num_heads, head_dim, rotary_dim):
     return RotaryConfig(block_h, block_half, block_rest, max(1, min(block_h * block_half // 512, 4)))
 
 
-def config(op, device_limits, q, k, cos, *rest):
+def _fits(tile, num_heads, head_dim, rotary_dim, device_limits):
+    """Whether a thread has a pair or more, and registers for all of its values."""
+    pairs, threads = tile.block_h * tile.block_half, 32 * tile.num_warps
+    return pairs >= threads and tile.block_h * (2 * tile.block_half + tile.block_rest) <= MAX_VALUES * threads
+
+
+TILE = Tunable(
+    "rotary",
+    default=lambda *asked: default(*asked[:-1]),
+    sizes=("num_heads",),
+    flags=("head_dim", "rotary_dim"),
+    also=("dtype", "cos_dtype", "interleaved", "backward"),
+    space={"block_h": (1, 2, 4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},
+    fits=_fits,
+    source=__file__,
+)
+
+
+def config(op, device_limits, q, k, cos, sin, interleaved):
     """The configuration of one call."""
-    return default(max(q.shape[2], k.shape[2]), q.shape[3], cos.shape[2])
+    return _tile(device_limits, q, k, cos, interleaved, op.endswith("backward"))
+
+
+def _tile(device_limits, q, k, cos, interleaved, backward):
+    asked = max(q.shape[2], k.shape[2]), q.shape[3], cos.shape[2]
+    return TILE.choose(device_limits, asked, (q.dtype, cos.dtype, interleaved, backward))
 
 
 def rotary(q, k, cos, sin, interleaved):
@@ -136,7 +161,7 @@ def _launch(q, k, cos, sin, interleaved, backward):
     if batch * length * head_dim == 0 or heads + kv_heads == 0:
         return out_q, out_k
     q, k, cos, sin = dense(q), dense(k), dense(cos), dense(sin)
-    tile = default(max(heads, kv_heads), head_dim, rotary_dim)
+    tile = _tile(limits(q.device), q, k, cos, interleaved, backward)
     blocks = ceil_div(heads, tile.block_h) + ceil_div(kv_heads, tile.block_h)
     broadcast = cos.shape[0] == 1
     _rotary_kernel[(batch * length, blocks)](
