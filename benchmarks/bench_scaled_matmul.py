@@ -136,6 +136,8 @@ def cases(device, quick):
             yield case_of(int8_matmul, "rows", rows, columns, depth, device)
             yield case_of(fp8_matmul, "rows", rows, columns, depth, device)
             yield case_of(fp8_matmul, "blocks", rows, columns, depth, device)
+        if quick and rows != all_rows[0]:
+            continue
         columns, depth = layers[0]
         for op in (int8_matmul, fp8_matmul):  # a gate and an up projection as one weight
             yield case_of(op, "rows", rows, columns, depth, device, gated=True)

@@ -103,6 +103,19 @@ def test_time_is_shared_by_weight(gate, monkeypatch, tmp_path):
     assert given == pytest.approx([90, 75, 100], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("against", "seconds", "met"),
+    [((), 1.0, True), ((), 1.5, False), (("slow",), 1.5, True), (("slow",), 3.0, False), (("absent",), 1.0, None)],
+)
+def test_a_goal_may_name_its_peers(gate, against, seconds, met):
+    """The best peer takes 2 seconds, the slow one 4; the goal is 1.5 times as fast, and half of the ceiling."""
+    common = importlib.import_module("_common")
+    case = common.Case("double", "2x3", torch.float32, None, {}, {}, goal=(1.5, 0.5), against=against)
+    measured = row(seconds) | {"peers": {"best": 2.0, "slow": 4.0}, "speedup": 2.0 / seconds}
+    assert common.judged(case, measured) is met
+    assert common.judged(case, measured | {"share_of_copy_bandwidth": 0.4}) in (False, None)
+
+
 def test_dry_run(gate, tmp_path, capsys):
     """A stage of tests and a benchmark as they run on a GPU, on tiny shapes."""
     assert gate.main(["--dry-run", "--only", "tests,rotary", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
