@@ -9,7 +9,7 @@ import fusedops
 from fusedops._core.checks import ACTIVATIONS
 from fusedops.ops.scaled_matmul import reference
 from fusedops.testing import make_tensor, strategies
-from tests.ops.common import DTYPES
+from tests.ops.common import DTYPES, counted_budget
 
 FP8 = torch.float8_e4m3fn
 OPERATORS = {"int8_matmul": torch.int8, "fp8_matmul": FP8}
@@ -45,6 +45,15 @@ class Call:
         full = {"bias": None, "out_dtype": torch.bfloat16, "activation": None, "residual": None, "gated": False}
         full |= self.options
         return reference.int8_matmul(a, b, *(scale.double() for scale in scales), *full.values())
+
+    def budget(self, truth):
+        """The default, and of float32 what 1 + erf or tanh loses of 1: all there is, where the result is one number."""
+        if self.options["out_dtype"] != torch.float32 or self.options["activation"] not in ("gelu", "gelu_tanh"):
+            return None
+        product = Call(self.op, self.args, {**self.options, "activation": None, "residual": None, "gated": False})
+        size = product.truth().abs()
+        lost = size[:, ::2] * size[:, 1::2] if self.options.get("gated") else size
+        return counted_budget(torch.float32, lost * torch.finfo(torch.float32).eps, truth) if truth.any() else None
 
     def rows(self, chosen):
         """The same call on some rows of a."""
