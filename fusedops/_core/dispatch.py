@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import torch
 
-from fusedops._core import emulation, env
+from fusedops._core import emulation, env, jit
 from fusedops._core.device import described, too_old, triton_rejection
 
 _CPU_ORDER = ("torch", "reference")
@@ -137,6 +137,8 @@ class Selector:
         if loaded is None:
             module = self.module(implementation)
             function = getattr(module, self.name)
+            if implementation == "triton":
+                jit.watch()
             if implementation == "emulate":
                 function = emulation.emulated(function)
             loaded = function, getattr(module, "supports", None)

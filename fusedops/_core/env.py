@@ -25,6 +25,11 @@ VARIABLES = {
         ("sm_90a", "sm_89", "sm_86", "sm_80"),
         "The GPU that `FUSEDOPS_BACKEND=emulate` compiles for and takes its limits from, but for its size.",
     ),
+    "FUSEDOPS_JIT": (
+        ("allow", "forbid"),
+        "`forbid`: a launch that would have to compile a kernel is an error, not a stall. A kernel that Triton has "
+        "in its cache on disk, as after `fusedops warmup`, is no compilation.",
+    ),
     "FUSEDOPS_CACHE_DIR": (None, "Directory of everything that the library keeps between runs."),
     "FUSEDOPS_CACHE_PATH": (
         None,
@@ -104,6 +109,11 @@ def fallback():
 def validate():
     """The validation level: 0, 1 or 2."""
     return int(_values.get("FUSEDOPS_VALIDATE") or read("FUSEDOPS_VALIDATE"))
+
+
+def jit():
+    """Whether a launch may compile its kernel: "allow" or "forbid"."""
+    return _values.get("FUSEDOPS_JIT") or read("FUSEDOPS_JIT")
 
 
 def cache_dir():

@@ -125,7 +125,7 @@ def _not_now():
         return "torch.use_deterministic_algorithms is on"
     if uses_defaults_only():
         return "only defaults are used"
-    if "FUSEDOPS_JIT" in env.VARIABLES and env.read("FUSEDOPS_JIT") == "forbid":
+    if env.jit() == "forbid":
         return "FUSEDOPS_JIT=forbid"
     return None
 
