@@ -1,10 +1,12 @@
 """One call registers an operator: schema, implementations, fake, autograd, and the short way of eager calls."""
 
 import torch
-from torch.nn import Parameter
 
 from fusedops._core import dispatch, env
 from fusedops._core.checks import FLOATS
+from fusedops._core.device import interpreting
+from fusedops._core.replay import record
+from fusedops._core.signature import PLAIN, signature
 
 _LIBRARY = torch.library.Library("fusedops", "DEF")
 _OPERATORS = {}
@@ -13,12 +15,35 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _is_compiling = torch.compiler.is_dynamo_compiling
 _included_keys = torch._C._dispatch_tls_local_include_set
 # Dispatch keys that stand in every thread. A mode, a transform or a trace adds its own.
-_USUAL_KEYS = (
+_UNUSUAL_KEYS = ~(
     torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
     | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 ).raw_repr()
-_PLAIN = frozenset((torch.Tensor, Parameter))
 _MAX_PLANS = 4096  # of one operator: signatures that were checked and selected
+
+
+class _Plan:
+    """What calls of one signature run: the implementation's function, and from the third call on its launches alone.
+
+    Attributes:
+        run: The function to call.
+        key: What counts its calls.
+        device_index: The CUDA device that must be the current one, or None.
+    """
+
+    __slots__ = ("_function", "device_index", "key", "run")
+
+    def __init__(self, function, key, device_index, launches):
+        self._function = function
+        self.key = key
+        self.device_index = device_index
+        self.run = self._record if launches and not interpreting() else function
+
+    def _record(self, *args):
+        self.run = self._function  # for other threads, and where a call cannot be replayed
+        result, replay = record(self._function, args)
+        self.run = replay or self._function
+        return result
 
 
 class Operator:
@@ -42,6 +67,7 @@ class Operator:
         self._op_out = None
         self._keeps_plans = example is not None and "!" not in schema
         self._plans = {}
+        self._signature = signature(schema) if self._keeps_plans else None
         self._direct = None
         env.on_change(self._forget)
 
@@ -78,23 +104,24 @@ class Operator:
         if watched():
             return None
         try:
-            plan = self._plans.get(_signature(args))
+            plan = self._plans.get(self._signature(*args))
         except TypeError:  # an argument that cannot be hashed is for the checks to refuse
             return None
         if plan is None:
             return None
-        function, key, device_index = plan
+        device_index = plan.device_index
         if device_index is not None and device_index != torch.cuda.current_device():
             return None
-        dispatch.calls[key] += 1
-        return function
+        dispatch.calls[plan.key] += 1
+        return plan.run
 
     def _plan(self, args, implementation):
         if implementation == "reference" or dispatch.leaves_fused_path(implementation, args[0]):
             return  # each such call needs a decision, or a warning, of its own
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
-        self._plans[_signature(args)] = (*self._selector.entry(implementation), args[0].device.index)
+        function, key = self._selector.entry(implementation)
+        self._plans[self._signature(*args)] = _Plan(function, key, args[0].device.index, implementation == "triton")
 
     def __call__(self, *args, out=None):
         if _dispatcher_needed(args):
@@ -124,15 +151,7 @@ class Operator:
 
 def watched():
     """Whether something wants to see every operator: tracing, modes, function transforms."""
-    return _is_compiling() or _included_keys().raw_repr() & ~_USUAL_KEYS != 0
-
-
-def _signature(args):
-    """What checks and selection can see of arguments, as a key. Of a tensor subclass it is the object itself."""
-    return torch.is_grad_enabled(), *[
-        (arg.dtype, arg.shape, arg.stride(), arg.device, arg.requires_grad) if type(arg) in _PLAIN else arg
-        for arg in args
-    ]
+    return _is_compiling() or _included_keys().raw_repr() & _UNUSUAL_KEYS != 0
 
 
 def _dispatcher_needed(args):
@@ -142,7 +161,7 @@ def _dispatcher_needed(args):
     grad = torch.is_grad_enabled()
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            if type(arg) not in _PLAIN or (grad and arg.requires_grad):
+            if type(arg) not in PLAIN or (grad and arg.requires_grad):
                 return True
     return False
 

@@ -1,5 +1,9 @@
 """Launch a compiled kernel again without Triton's examination of its arguments, which may take longer than the call."""
 
+import torch
+
+from fusedops._core import replay
+
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are multiples of it, or not
 MAX_KEPT = 4096  # compiled kernels by the arguments they were first launched with
 
@@ -11,18 +15,85 @@ class Relauncher:
         self._kernel = kernel
         self._compiled = {}
 
-    def __call__(self, grid, tensors, numbers, constants, num_warps, num_stages=1):
+    def __call__(self, grid, tensors, numbers, constants, num_warps, num_stages=1, **options):
         """Launch on (x, y, z) programs; tensors (or None), numbers and constants stand in the parameters' order."""
         described = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in tensors]
-        key = (*described, *numbers, *constants.values(), num_warps, num_stages, tensors[0].device)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*tensors, *numbers, *constants.values())
-            return
+        fixed = (*numbers, *constants.values())
+        key = (*described, *fixed, num_warps, num_stages, *options.values(), tensors[0].device)
+        launch = self._compiled.get(key)
+        if launch is None:
+            launch = self._first(grid, tensors, numbers, constants, num_warps, num_stages, options)
+            if launch is None:  # the interpreter compiles nothing
+                return
+            if len(self._compiled) >= MAX_KEPT:
+                self._compiled.clear()
+            self._compiled[key] = launch
+        else:
+            launch(grid, tensors, fixed)
+        if replay.recording.launches is not None:
+            replay.recording.launches.append((launch, grid, tensors, fixed))
+
+    def _first(self, grid, tensors, numbers, constants, num_warps, num_stages, options):
         assert tuple(constants) == tuple(self._kernel.arg_names[-len(constants) :])
-        compiled = self._kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages)
-        if compiled is None:  # the interpreter compiles nothing
+        compiled = self._kernel[grid](
+            *tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages, **options
+        )
+        return None if compiled is None else Launch(compiled, tensors[0].device.index)
+
+
+class Launch:
+    """Launches one compiled kernel.
+
+    Attributes:
+        compiled: Triton's own object.
+        call, head, spread: The C function behind it; what it wants between the stream and the kernel's arguments; and
+            whether these stand one by one. `call` is None for a release of Triton that is not known.
+        device_index: The device whose current stream it is launched on.
+    """
+
+    __slots__ = ("call", "compiled", "device_index", "head", "hooks", "spread")
+
+    def __init__(self, compiled, device_index):
+        from triton import knobs  # known to be there: it has compiled a kernel
+
+        self.compiled = compiled
+        self.device_index = 0 if device_index is None else device_index
+        self.hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        self.call, self.head, self.spread = _c_function(compiled)
+
+    def __call__(self, grid, tensors, fixed):
+        """Launch on a grid, with tensors (or None) and the values behind them."""
+        if self.call is None or self.hooked():
+            self.compiled[grid](*tensors, *fixed)
             return
-        if len(self._compiled) >= MAX_KEPT:
-            self._compiled.clear()
-        self._compiled[key] = compiled
+        # addresses, since of a tensor the C function asks its address by its name, and the driver where that lies
+        args = (*[0 if t is None else t.data_ptr() for t in tensors], *fixed)
+        stream = current_stream(self.device_index)
+        if self.spread:
+            self.call(*grid, stream, *self.head, *args)
+        else:
+            self.call(*grid, stream, *self.head, args)
+
+    def hooked(self):
+        """Whether somebody wants to hear of each launch, such as a profiler."""
+        return any(hook is not None and hook.calls for hook in self.hooks)
+
+
+def current_stream(device_index):
+    """The address of the current stream of a device."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+def _c_function(compiled):
+    """(function, what stands between stream and arguments, whether these stand one by one); None where not known."""
+    run = getattr(compiled, "run", None)
+    known = ("launch", "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
+    if not all(hasattr(run, name) for name in known) or run.global_scratch_size or run.profile_scratch_size:
+        return None, (), False
+    start = compiled.function, run.launch_cooperative_grid, run.launch_pdl
+    nothing = (None, None, None)  # metadata of this launch, and the hooks that would be given it
+    scratch = (None, None)
+    if hasattr(run, "kernel_signature"):
+        head = *start, compiled.packed_metadata, *nothing, *scratch, run.arg_annotations, run.kernel_signature
+        return run.launch, head, False
+    return run.launch, (*start, *scratch, compiled.packed_metadata, *nothing), True

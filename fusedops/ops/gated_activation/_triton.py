@@ -8,6 +8,7 @@ from fusedops._core import codes, rows
 from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
+from fusedops._core.relaunch import Relauncher
 from fusedops._core.tl import activate, encoded, inverse_of, largest_bits, row_offsets, scale_of, size_bits
 from fusedops._core.tuning import Tunable
 
@@ -128,6 +129,7 @@ def _gated_backward_kernel(
 
 BLOCK = 2048  # elements of a tile: 32 bytes or more per thread and tensor in flight
 NUM_WARPS = 4
+_run, _run_quantized = Relauncher(_gated_kernel), Relauncher(_gated_quantized_kernel)
 
 
 def _default(n):
@@ -193,11 +195,12 @@ def silu_mul_quantized(gate, up, dtype):
     n = gate.shape[-1]
     tile = QUANTIZED.choose(limits(gate.device), (n,), (gate.dtype, dtype))
     stored, code, by_integers = codes.as_stored(values)
-    _gated_quantized_kernel[(ceil_div(num_rows, tile.block_m),)](
-        gate, up, stored, scale, *strides, num_rows, n, inner,
-        ACTIVATION="silu", CODE=code, BY_INTEGERS=by_integers, ONE_BLOCK=n <= tile.block_n,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-    )  # fmt: skip
+    constants = {
+        "ACTIVATION": "silu", "CODE": code, "BY_INTEGERS": by_integers, "ONE_BLOCK": n <= tile.block_n,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+    }  # fmt: skip
+    grid = ceil_div(num_rows, tile.block_m), 1, 1
+    _run_quantized(grid, (gate, up, stored, scale), (*strides, num_rows, n, inner), constants, tile.num_warps)
     return values, scale
 
 
@@ -225,10 +228,9 @@ def _launch(gate, up, out, activation):
         return out.copy_(_launch(gate.contiguous(), up.contiguous(), None, activation))
     num_rows, n, inner, strides = layout
     tile = FORWARD.choose(limits(gate.device), (n,), (gate.dtype, activation))
-    _gated_kernel[(ceil_div(num_rows, tile.block_m) * ceil_div(n, tile.block_n),)](
-        gate, up, out, *strides, num_rows, n, inner,
-        ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-    )  # fmt: skip
+    constants = {"ACTIVATION": activation, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    grid = ceil_div(num_rows, tile.block_m) * ceil_div(n, tile.block_n), 1, 1
+    _run(grid, (gate, up, out), (*strides, num_rows, n, inner), constants, tile.num_warps)
     return out
 
 

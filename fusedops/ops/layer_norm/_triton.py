@@ -13,6 +13,7 @@ from fusedops._core import rows
 from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div
+from fusedops._core.relaunch import Relauncher
 from fusedops._core.tl import row_offsets
 
 
@@ -193,6 +194,7 @@ def _layer_norm_backward_kernel(
 
 # Backward keeps six float32 values an element in registers, forward two.
 MAX_BLOCK_BACKWARD = rows.MAX_BLOCK // 4
+_run = Relauncher(_layer_norm_kernel)
 
 
 _ASKED = ("dtype", "weight", "bias", "residual")
@@ -242,13 +244,13 @@ def _launch(x, residual, weight, bias, out, h, eps):
     x_strides, out_strides = strides[0:2], strides[2:4]
     residual_strides, h_strides = (strides[4:6], strides[6:8]) if residual is not None else ((0, 0), (0, 0))
     tile = _tile(FORWARD, limits(x.device), x, weight, bias, residual)
-    _layer_norm_kernel[(ceil_div(num_rows, tile.block_m),)](
-        x, residual, weight, bias, out, h,
-        *x_strides, *residual_strides, *out_strides, *h_strides,
-        num_rows, n, inner, eps,
-        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        ONE_BLOCK=n <= tile.block_n, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-    )  # fmt: skip
+    numbers = *x_strides, *residual_strides, *out_strides, *h_strides, num_rows, n, inner, eps
+    constants = {
+        "HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
+        "ONE_BLOCK": n <= tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+    }  # fmt: skip
+    grid = ceil_div(num_rows, tile.block_m), 1, 1
+    _run(grid, (x, residual, weight, bias, out, h), numbers, constants, tile.num_warps)
 
 
 def _launch_copied(x, residual, weight, bias, out, h, eps):

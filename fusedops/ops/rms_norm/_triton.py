@@ -8,6 +8,7 @@ from fusedops._core import codes, rows
 from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div
+from fusedops._core.relaunch import Relauncher
 from fusedops._core.tl import encoded, inverse_of, largest_bits, row_offsets, scale_of, size_bits
 
 
@@ -223,6 +224,7 @@ def _rms_norm_backward_kernel(
 
 # Backward keeps four float32 values an element in registers, forward two: half the row fits.
 MAX_BLOCK_BACKWARD = rows.MAX_BLOCK // 4
+_run, _run_quantized = Relauncher(_rms_norm_kernel), Relauncher(_rms_norm_quantized_kernel)
 
 _ASKED = ("dtype", "weight", "residual", "rounding")
 FORWARD = rows.tunable("rms_norm", __file__, _ASKED)
@@ -277,13 +279,13 @@ def _launch(x, residual, weight, out, h, eps, weight_offset, rounding):
     x_strides, out_strides = strides[0:2], strides[2:4]
     residual_strides, h_strides = (strides[4:6], strides[6:8]) if residual is not None else ((0, 0), (0, 0))
     tile = _tile(FORWARD, limits(x.device), x, weight, residual is not None, rounding)
-    _rms_norm_kernel[(ceil_div(num_rows, tile.block_m),)](
-        x, residual, weight, out, h,
-        *x_strides, *residual_strides, *out_strides, *h_strides,
-        num_rows, n, inner, eps, weight_offset,
-        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, ROUND_FIRST=rounding == "llama",
-        ONE_BLOCK=n <= tile.block_n, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-    )  # fmt: skip
+    numbers = *x_strides, *residual_strides, *out_strides, *h_strides, num_rows, n, inner, eps, weight_offset
+    constants = {
+        "HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "ROUND_FIRST": rounding == "llama",
+        "ONE_BLOCK": n <= tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+    }  # fmt: skip
+    grid = ceil_div(num_rows, tile.block_m), 1, 1
+    _run(grid, (x, residual, weight, out, h), numbers, constants, tile.num_warps)
 
 
 def _launch_copied(x, residual, weight, out, h, eps, weight_offset, rounding):
@@ -319,13 +321,15 @@ def _launch_quantized(x, residual, weight, values, scale, h, eps, weight_offset,
     n = x.shape[-1]
     tile = _tile(QUANTIZED, limits(x.device), x, weight, residual is not None, rounding, values.dtype)
     stored, code, by_integers = codes.as_stored(values)
-    _rms_norm_quantized_kernel[(ceil_div(num_rows, tile.block_m),)](
-        given[0], None if residual is None else given[1], weight, stored, scale, h,
-        *strides[:2], *(strides[2:4] or (0, 0)), num_rows, n, inner, eps, weight_offset,
-        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, ROUND_FIRST=rounding == "llama",
-        CODE=code, BY_INTEGERS=by_integers, ONE_BLOCK=n <= tile.block_n,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, maxnreg=_max_registers(n, tile),
-    )  # fmt: skip
+    tensors = given[0], None if residual is None else given[1], weight, stored, scale, h
+    numbers = *strides[:2], *(strides[2:4] or (0, 0)), num_rows, n, inner, eps, weight_offset
+    constants = {
+        "HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "ROUND_FIRST": rounding == "llama",
+        "CODE": code, "BY_INTEGERS": by_integers, "ONE_BLOCK": n <= tile.block_n,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+    }  # fmt: skip
+    grid = ceil_div(num_rows, tile.block_m), 1, 1
+    _run_quantized(grid, tensors, numbers, constants, tile.num_warps, maxnreg=_max_registers(n, tile))
 
 
 def _max_registers(n, tile):

@@ -9,6 +9,7 @@ import triton.language as tl
 from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
+from fusedops._core.relaunch import Relauncher
 from fusedops._core.rows import MAX_VALUES, dense
 from fusedops._core.tuning import Tunable
 
@@ -98,6 +99,9 @@ def _rotary_kernel(
         )  # fmt: skip
 
 
+_run = Relauncher(_rotary_kernel)
+
+
 @dataclass(frozen=True)
 class RotaryConfig:
     """Heads of one program, the tile of half the rotated elements, and of those that pass."""
@@ -164,15 +168,16 @@ def _launch(q, k, cos, sin, interleaved, backward):
     tile = _tile(limits(q.device), q, k, cos, interleaved, backward)
     blocks = ceil_div(heads, tile.block_h) + ceil_div(kv_heads, tile.block_h)
     broadcast = cos.shape[0] == 1
-    _rotary_kernel[(batch * length, blocks)](
-        q, k, cos, sin, out_q, out_k,
+    numbers = (
         *q.stride()[:3], *k.stride()[:3],
         0 if broadcast else cos.stride(0), cos.stride(1), 0 if broadcast else sin.stride(0), sin.stride(1),
-        *out_q.stride()[:3], *out_k.stride()[:3],
-        length, heads, kv_heads,
-        HALF=rotary_dim // 2, D=head_dim, INTERLEAVED=interleaved, BACKWARD=backward,
-        BLOCK_H=tile.block_h, BLOCK_HALF=tile.block_half, BLOCK_REST=tile.block_rest, num_warps=tile.num_warps,
+        *out_q.stride()[:3], *out_k.stride()[:3], length, heads, kv_heads,
     )  # fmt: skip
+    constants = {
+        "HALF": rotary_dim // 2, "D": head_dim, "INTERLEAVED": interleaved, "BACKWARD": backward,
+        "BLOCK_H": tile.block_h, "BLOCK_HALF": tile.block_half, "BLOCK_REST": tile.block_rest,
+    }  # fmt: skip
+    _run((batch * length, blocks, 1), (q, k, cos, sin, out_q, out_k), numbers, constants, tile.num_warps)
     return out_q, out_k
 
 
