@@ -2,10 +2,9 @@
 
 import torch
 
-from fusedops._core import dispatch, env
+from fusedops._core import dispatch, env, replay
 from fusedops._core.checks import FLOATS
 from fusedops._core.device import interpreting
-from fusedops._core.replay import record
 from fusedops._core.signature import PLAIN, signature
 
 _LIBRARY = torch.library.Library("fusedops", "DEF")
@@ -41,8 +40,8 @@ class _Plan:
 
     def _record(self, *args):
         self.run = self._function  # for other threads, and where a call cannot be replayed
-        result, replay = record(self._function, args)
-        self.run = replay or self._function
+        result, again = replay.record(self._function, args)
+        self.run = again or self._function
         return result
 
 
@@ -70,6 +69,7 @@ class Operator:
         self._signature = signature(schema) if self._keeps_plans else None
         self._direct = None
         env.on_change(self._forget)
+        replay.on_forget(self._forget)
 
     def _forget(self):
         self._plans.clear()

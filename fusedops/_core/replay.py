@@ -5,6 +5,7 @@ arguments. The second call of a kind is watched; if all that it did was to alloc
 allocate and launch the same, without the Python between.
 """
 
+import contextlib
 import threading
 
 import torch
@@ -14,11 +15,42 @@ ALIGNMENT = 16  # bytes, as in relaunch; kernels were compiled for pointers that
 _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
+_forgetters = []  # functions that drop replays
+_held = 0  # blocks in which launches are not those of every day
+
+
+def on_forget(forget):
+    """Have a function called where calls may launch otherwise than they did."""
+    _forgetters.append(forget)
+
+
+def forget():
+    """Drop every replay: what a call launches has changed."""
+    for drop in _forgetters:
+        drop()
+
+
+@contextlib.contextmanager
+def held():
+    """For the length of a block replay nothing, in no thread: some configuration is on trial."""
+    global _held
+    with _lock:
+        _held += 1
+    forget()
+    try:
+        yield
+    finally:
+        with _lock:
+            _held -= 1
+        forget()
+
+
 class _Recording(threading.local):
     launches = None  # a list of (launch, grid, tensors, fixed) while this thread watches a call
 
 
 recording = _Recording()
+_lock = threading.Lock()
 
 
 class _Watch(TorchDispatchMode):
@@ -40,6 +72,8 @@ class _Watch(TorchDispatchMode):
 
 def record(function, args):
     """(result of the call, function that replays it); None for the second where something stands against it."""
+    if _held:
+        return function(*args), None
     from triton import knobs
 
     launched = []

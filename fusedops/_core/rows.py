@@ -48,6 +48,11 @@ def tunable(name, source, also, max_block=MAX_BLOCK):
     return Tunable(name, default=computed, sizes=("n",), also=also, space=space, fits=fits, source=source)
 
 
+def constants(n, tile):
+    """The tile of rows of n elements as constants of a kernel that reads longer rows in blocks."""
+    return {"ONE_BLOCK": n <= tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+
+
 def collapse(*tensors):
     """Lay the leading dimensions of equally shaped tensors out as (outer, inner) rows that all of them can stride over.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedops._core import replay, tuning
 from fusedops._core.relaunch import Relauncher
 from fusedops._core.replay import record
 from fusedops._core.signature import signature
@@ -79,19 +80,19 @@ def test_a_replay_launches_the_same_on_other_memory(spread, buffers):
     def function(x, number):
         return double(run, x, number, buffers)
 
-    replay = watched(kernel, function, torch.zeros(3, 16), 3)
+    again = watched(kernel, function, torch.zeros(3, 16), 3)
     x = torch.ones(3, 16)
     ordinary_out = function(x, 3)
     ordinary = list(kernel.seen)
     kernel.seen.clear()
-    out = replay(x, 3)
+    out = again(x, 3)
     assert out.shape == ordinary_out.shape and out.dtype == ordinary_out.dtype
     assert len(kernel.seen) == len(ordinary) == buffers
-    for again, first in zip(kernel.seen, ordinary):
-        head, args = (again[:-4], again[-4:]) if spread else (again[:-1], again[-1])
+    for repeated, first in zip(kernel.seen, ordinary):
+        head, args = (repeated[:-4], repeated[-4:]) if spread else (repeated[:-1], repeated[-1])
         head_first, args_first = (first[:-4], first[-4:]) if spread else (first[:-1], first[-1])
         assert head == head_first and args[2:] == args_first[2:] and head[:4] in ((2, 1, 1, 77), (1, 3, 1, 77))
-    arguments = [again[-4:] if spread else again[-1] for again in kernel.seen]
+    arguments = [one[-4:] if spread else one[-1] for one in kernel.seen]
     assert arguments[0][0] == x.data_ptr() and arguments[-1][1] == out.data_ptr()
     if buffers == 2:
         assert arguments[1][0] - arguments[0][1] == 8 * 4  # a view one row behind the start of the buffer
@@ -141,8 +142,8 @@ def test_arguments_that_share_memory_are_told_apart():
         return torch.empty_like(x)
 
     buffer = torch.zeros(4, 2, 16)
-    replay = watched(kernel, function, buffer[0], buffer[1])
-    replay(buffer[3], buffer[2])
+    again = watched(kernel, function, buffer[0], buffer[1])
+    again(buffer[3], buffer[2])
     assert kernel.seen[0][-1][:2] == (buffer[3].data_ptr(), buffer[2].data_ptr())
     assert watched(kernel, of_rows, buffer[0], buffer[1]) is None
 
@@ -159,6 +160,26 @@ def test_one_tensor_given_twice_is_not_replayed():
     assert watched(kernel, function, x, x) is None
 
 
+def test_nothing_is_replayed_while_a_configuration_is_on_trial_nor_after_it_was():
+    kernel, dropped = Kernel(), []
+    run = Relauncher(kernel)
+    replay.on_forget(lambda: dropped.append(True))
+    try:
+        with tuning.forced(types.SimpleNamespace(name="any"), None):
+            assert watched(kernel, lambda x: double(run, x), torch.zeros(3, 16)) is None and dropped
+            dropped.clear()
+        assert dropped and watched(kernel, lambda x: double(run, x), torch.zeros(3, 16)) is not None
+        dropped.clear()
+        with tuning.defaults_only():
+            assert len(dropped) == 1
+        assert len(dropped) == 2
+        dropped.clear()
+        tuning.forget()
+        assert dropped
+    finally:
+        replay._forgetters.pop()
+
+
 def test_misaligned_arguments_and_profilers_take_the_ordinary_way():
     kernel = Kernel()
     run = Relauncher(kernel)
@@ -170,16 +191,16 @@ def test_misaligned_arguments_and_profilers_take_the_ordinary_way():
 
     buffer = torch.zeros(64)
     assert watched(kernel, function, buffer[1:17]) is None  # compiled for any address
-    replay = watched(kernel, function, buffer[:16])
+    again = watched(kernel, function, buffer[:16])
     ordinary.clear()
-    replay(buffer[16:32])
+    again(buffer[16:32])
     assert not ordinary and len(kernel.seen) == 1
-    replay(buffer[1:17])
+    again(buffer[1:17])
     assert len(ordinary) == 1
     heard = []
     knobs.runtime.launch_enter_hook.add(heard.append)
     try:
-        replay(buffer[:16])
+        again(buffer[:16])
     finally:
         knobs.runtime.launch_enter_hook.remove(heard.append)
     assert len(ordinary) == 2

@@ -10,7 +10,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from fusedops._core import env
+from fusedops._core import env, replay
 from fusedops._core.tuning.entry import MAX_TIMINGS, key_name
 from fusedops._core.tuning.key import SCHEMA, bucket, digest, environment, environment_hash, near, plain, source_hash
 from fusedops._core.tuning.store import counts, current_store
@@ -205,6 +205,7 @@ def forget():
     """Look every configuration up anew at its next use."""
     for tunable in _TUNABLES.values():
         tunable.forget()
+    replay.forget()
 
 
 @contextmanager
@@ -213,7 +214,8 @@ def _turned_aside(what, meaning):
         before = _aside.get(what)
         _aside[what] = meaning
     try:
-        yield meaning
+        with replay.held():
+            yield meaning
     finally:
         with _lock:
             if before is None:
@@ -238,6 +240,7 @@ def defaults_only():
     """For the length of a block, in every thread, nothing that was tuned is used."""
     with _lock:
         _aside["default", None] = _aside.get(("default", None), 0) + 1
+    replay.forget()
     try:
         yield
     finally:
@@ -245,6 +248,7 @@ def defaults_only():
             _aside["default", None] -= 1
             if not _aside["default", None]:
                 del _aside["default", None]
+        replay.forget()
 
 
 def uses_defaults_only():

@@ -195,10 +195,7 @@ def silu_mul_quantized(gate, up, dtype):
     n = gate.shape[-1]
     tile = QUANTIZED.choose(limits(gate.device), (n,), (gate.dtype, dtype))
     stored, code, by_integers = codes.as_stored(values)
-    constants = {
-        "ACTIVATION": "silu", "CODE": code, "BY_INTEGERS": by_integers, "ONE_BLOCK": n <= tile.block_n,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-    }  # fmt: skip
+    constants = {"ACTIVATION": "silu", "CODE": code, "BY_INTEGERS": by_integers, **rows.constants(n, tile)}
     grid = ceil_div(num_rows, tile.block_m), 1, 1
     _run_quantized(grid, (gate, up, stored, scale), (*strides, num_rows, n, inner), constants, tile.num_warps)
     return values, scale

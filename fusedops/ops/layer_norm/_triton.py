@@ -247,7 +247,7 @@ def _launch(x, residual, weight, bias, out, h, eps):
     numbers = *x_strides, *residual_strides, *out_strides, *h_strides, num_rows, n, inner, eps
     constants = {
         "HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
-        "ONE_BLOCK": n <= tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        **rows.constants(n, tile),
     }  # fmt: skip
     grid = ceil_div(num_rows, tile.block_m), 1, 1
     _run(grid, (x, residual, weight, bias, out, h), numbers, constants, tile.num_warps)

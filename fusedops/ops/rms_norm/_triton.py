@@ -280,12 +280,13 @@ def _launch(x, residual, weight, out, h, eps, weight_offset, rounding):
     residual_strides, h_strides = (strides[4:6], strides[6:8]) if residual is not None else ((0, 0), (0, 0))
     tile = _tile(FORWARD, limits(x.device), x, weight, residual is not None, rounding)
     numbers = *x_strides, *residual_strides, *out_strides, *h_strides, num_rows, n, inner, eps, weight_offset
-    constants = {
-        "HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "ROUND_FIRST": rounding == "llama",
-        "ONE_BLOCK": n <= tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-    }  # fmt: skip
+    constants = {**_options(residual, weight, rounding), **rows.constants(n, tile)}
     grid = ceil_div(num_rows, tile.block_m), 1, 1
     _run(grid, (x, residual, weight, out, h), numbers, constants, tile.num_warps)
+
+
+def _options(residual, weight, rounding):
+    return {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "ROUND_FIRST": rounding == "llama"}
 
 
 def _launch_copied(x, residual, weight, out, h, eps, weight_offset, rounding):
@@ -323,11 +324,8 @@ def _launch_quantized(x, residual, weight, values, scale, h, eps, weight_offset,
     stored, code, by_integers = codes.as_stored(values)
     tensors = given[0], None if residual is None else given[1], weight, stored, scale, h
     numbers = *strides[:2], *(strides[2:4] or (0, 0)), num_rows, n, inner, eps, weight_offset
-    constants = {
-        "HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "ROUND_FIRST": rounding == "llama",
-        "CODE": code, "BY_INTEGERS": by_integers, "ONE_BLOCK": n <= tile.block_n,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-    }  # fmt: skip
+    constants = {"CODE": code, "BY_INTEGERS": by_integers, **rows.constants(n, tile)}
+    constants = {**_options(residual, weight, rounding), **constants}
     grid = ceil_div(num_rows, tile.block_m), 1, 1
     _run_quantized(grid, tensors, numbers, constants, tile.num_warps, maxnreg=_max_registers(n, tile))
 
@@ -353,8 +351,8 @@ def rms_norm_backward(grad, x, weight, eps, weight_offset, grad_h):
         given[0], given[1], weight, given[2] if grad_h is not None else None, dx, partial,
         *strides[:4], *(strides[4:6] if grad_h is not None else (0, 0)),
         num_rows, n, inner, eps, weight_offset,
-        HAS_WEIGHT=weight is not None, HAS_GRAD_H=grad_h is not None, ONE_BLOCK=n <= tile.block_n,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        HAS_WEIGHT=weight is not None, HAS_GRAD_H=grad_h is not None, **rows.constants(n, tile),
+        num_warps=tile.num_warps,
     )  # fmt: skip
     return dx, x.new_empty(0) if weight is None else partial.sum(0).to(weight.dtype)
 
@@ -371,8 +369,7 @@ def examples(dtype, target):
         strides = {f"stride_{name}_{part}": "i32" for name in names for part in ("outer", "inner")}
         yield KernelExample(
             _rms_norm_kernel, {**pointers, **strides, **SCALARS},
-            {"inner": 1, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "ROUND_FIRST": False, "ONE_BLOCK": n <= tile.block_n,
-             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+            {"inner": 1, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "ROUND_FIRST": False, **rows.constants(n, tile)},
             divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps,
         )  # fmt: skip
         tile = rows.default(n, MAX_BLOCK_BACKWARD)
@@ -381,8 +378,7 @@ def examples(dtype, target):
         strides = {f"stride_{name}_{part}": "i32" for name in ("grad", "x", "grad_h") for part in ("outer", "inner")}
         yield KernelExample(
             _rms_norm_backward_kernel, {**pointers, **strides, **SCALARS},
-            {"inner": 1, "HAS_WEIGHT": True, "HAS_GRAD_H": True, "ONE_BLOCK": n <= tile.block_n,
-             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+            {"inner": 1, "HAS_WEIGHT": True, "HAS_GRAD_H": True, **rows.constants(n, tile)},
             divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps,
         )  # fmt: skip
     for n, code in ((4096, "int8"), (16384, "fp8e4nv"), (32768, "int8")):
@@ -399,6 +395,6 @@ def _example_quantized(dtype, n, how):
     return KernelExample(
         _rms_norm_quantized_kernel, {**pointers, **strides, **SCALARS},
         {"inner": 1, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "ROUND_FIRST": False, "CODE": code,
-         "BY_INTEGERS": by_integers, "ONE_BLOCK": n <= tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+         "BY_INTEGERS": by_integers, **rows.constants(n, tile)},
         divisible=(*pointers, *strides, "N"), num_warps=tile.num_warps, max_registers=_max_registers(n, tile),
     )  # fmt: skip
