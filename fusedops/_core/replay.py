@@ -86,7 +86,7 @@ def record(function, args):
     finally:
         recording.launches = None
         knobs.runtime.launch_enter_hook.remove(hook)
-    if watch.reason is not None or len(launched) != len(launches):
+    if watch.reason is not None or not launches or len(launched) != len(launches):
         return result, None
     return result, _replay(function, args, watch.allocated, launches, result)
 
@@ -145,11 +145,9 @@ class _Source:
 
     def _guard(self, calls):
         """Profilers hear of launches in the ordinary way."""
-        launch = calls[0][0] if calls else None
-        for number, hook in enumerate(launch.hooks if launch is not None else ()):
-            self.names[f"hook{number}"] = hook
-        hooks = " or ".join(f"hook{number}.calls" for number in range(2)) if calls else ""
-        self._otherwise(hooks)
+        hooks = [hook for hook in calls[0][0].hooks if hook is not None]
+        self.names |= {f"hook{number}": hook for number, hook in enumerate(hooks)}
+        self._otherwise(" or ".join(f"hook{number}.calls" for number in range(len(hooks))))
 
     def _otherwise(self, condition):
         if condition:
@@ -174,9 +172,8 @@ class _Source:
         self._otherwise(f"({' | '.join(given)}) & {ALIGNMENT - 1}" if given else "")
 
     def _launch(self, calls):
-        if calls:
-            self.names["stream_of"] = torch._C._cuda_getCurrentRawStream
-            self.lines.append(f"    stream = stream_of({calls[0][0].device_index})")
+        self.names["stream_of"] = torch._C._cuda_getCurrentRawStream
+        self.lines.append(f"    stream = stream_of({calls[0][0].device_index})")
         for number, (launch, grid, found, fixed) in enumerate(calls):
             pointers = [_address(*place) if place is not None else "0" for place in found]
             args = [*pointers, *(self._named(f"c{number}_{i}", value) for i, value in enumerate(fixed))]

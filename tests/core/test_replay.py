@@ -115,12 +115,16 @@ def _kept(run, x, place=torch.zeros(3, 16)):  # noqa: B008 - memory that is neit
     return torch.empty_like(x)
 
 
+def _diverted(run, x):
+    return torch.empty_like(x)  # as where launches went elsewhere: nothing that could be replayed
+
+
 def _given_back(run, x):
     double(run, x)
     return x
 
 
-@pytest.mark.parametrize("function", [_filled, _foreign, _kept, _given_back])
+@pytest.mark.parametrize("function", [_filled, _foreign, _kept, _diverted, _given_back])
 def test_a_call_that_does_more_is_not_replayed(function):
     kernel = Kernel()
     run = Relauncher(kernel)
