@@ -118,6 +118,8 @@ class Operator:
     def _plan(self, args, implementation):
         if implementation == "reference" or dispatch.leaves_fused_path(implementation, args[0]):
             return  # each such call needs a decision, or a warning, of its own
+        if len(args) < self._signature.__code__.co_argcount:
+            return  # torch leaves defaults out where it hands arguments on; a public function gives them all
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
         function, key = self._selector.entry(implementation)
