@@ -10,6 +10,7 @@ from fusedops._core import emulation, env, jit
 from fusedops._core.device import described, too_old, triton_rejection
 
 _CPU_ORDER = ("torch", "reference")
+any_autocast = torch._C._is_any_autocast_enabled
 calls = defaultdict(int)  # by (operator, implementation); counted in place where every microsecond counts
 _fallbacks = defaultdict(int)
 
@@ -70,6 +71,12 @@ class Selector:
             reason = "; ".join(f"{name}: {why}" for name, why in rejected) or "no fused implementation exists"
             leave_fused_path(self.name, args[0], reason, implementation)
         calls[self.name, implementation] += 1
+        if implementation in _CPU_ORDER and any_autocast() and not args[0].is_meta:
+            with torch.autocast(args[0].device.type, enabled=False):  # it would round products meant in float32
+                return self._run_function(args, out, implementation)
+        return self._run_function(args, out, implementation)
+
+    def _run_function(self, args, out, implementation):
         function = self._load(implementation)[0]
         if implementation == "reference":
             return self._run_reference(function, args, out)

@@ -83,7 +83,7 @@ class Operator:
         composition takes whatever torch takes, is seen by modes and transforms, and costs nothing to reach. The call
         is counted here.
         """
-        if not tensor.is_cpu or torch.is_grad_enabled() or tensor.dtype not in FLOATS:
+        if not tensor.is_cpu or torch.is_grad_enabled() or tensor.dtype not in FLOATS or dispatch.any_autocast():
             return None
         if like is not None and (like.dtype is not tensor.dtype or like.shape != tensor.shape):
             return None
@@ -101,7 +101,7 @@ class Operator:
         "Like" is everything that checks and selection look at: types, dtypes, shapes, strides, devices, other values.
         A function whose checks look at addresses (out, in place) must not ask.
         """
-        if watched():
+        if watched() or dispatch.any_autocast():
             return None
         try:
             plan = self._plans.get(self._signature(*args))

@@ -179,3 +179,27 @@ def test_selection_is_made_once_for_a_call(monkeypatch):
         fusedops.rms_norm(X, W)
         fusedops.rms_norm(X, W)
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_changes_no_bit(backend, grad):
+    """An operator's dtypes are its arguments': torch's compositions of it must not be rounded on the way."""
+    q, table = torch.randn(1, 5, 2, 16), torch.arange(1, dtype=torch.int32)[None]
+    codes, scale = fusedops.quantize_fp8(torch.randn(6, 64))
+    values, scale_b = fusedops.quantize_int8(torch.randn(7, 64))
+    cache, lengths = torch.randn(1, 8, 2, 16), torch.tensor([5], dtype=torch.int32)
+    x = torch.randn(6, 64, requires_grad=grad)
+    calls = [
+        lambda: fusedops.fp8_matmul(codes, codes, scale, scale, out_dtype=torch.float32),
+        lambda: fusedops.weight_only_matmul(x.detach(), values, scale_b),
+        lambda: fusedops.attention(q.requires_grad_(grad), q, q, causal=True, softcap=2.0),
+        lambda: fusedops.paged_attention(q[0, :1].detach(), cache, cache, table, lengths, softcap=2.0),
+        lambda: fusedops.rms_norm(x, torch.ones(64)),
+    ]
+    with env.override("FUSEDOPS_BACKEND", backend):
+        for call in calls:
+            expected = [call(), call()]
+            with torch.autocast("cpu", torch.bfloat16):
+                found = [call(), call()]
+            assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(found, expected))
