@@ -3,6 +3,7 @@
 from fusedops._core.dispatch import FallbackWarning, counters, fallbacks, reset_counters
 from fusedops._core.explain import Explanation, explain
 from fusedops._core.inspection import Inspection, inspect
+from fusedops._core.invariance import batch_invariant
 from fusedops._core.pairs import interleave_rows
 from fusedops.convert import fake_quantize_, quantize_
 from fusedops.kv_cache import OutOfPages, PagedKVCache

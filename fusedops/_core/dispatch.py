@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import torch
 
-from fusedops._core import emulation, env, jit
+from fusedops._core import emulation, env, invariance, jit
 from fusedops._core.device import described, too_old, triton_rejection
 
 _CPU_ORDER = ("torch", "reference")
@@ -43,8 +43,10 @@ def leaves_fused_path(implementation, tensor):
 class Selector:
     """Finds the implementation for each call of one operator."""
 
-    def __init__(self, name, package, implementations, fake):
+    def __init__(self, name, package, implementations, fake, row_arguments=(), in_place=False):
         self.name = name
+        self.row_arguments = row_arguments  # places of the arguments that torch's composition is to have row by row
+        self.in_place = in_place
         self.package = package
         self.implementations = implementations
         self.fake = fake
@@ -78,9 +80,26 @@ class Selector:
 
     def _run_function(self, args, out, implementation):
         function = self._load(implementation)[0]
+        if invariance.enabled() and implementation in _CPU_ORDER:
+            if implementation == "reference":
+                invariance.refuse(self.name, "the reference makes rows together")
+            if self.row_arguments and args[self.row_arguments[0]].numel():
+                return self._run_row_by_row(function, args, out)
         if implementation == "reference":
             return self._run_reference(function, args, out)
         return function(*args) if out is None else function(*args, out=out)
+
+    def _run_row_by_row(self, function, args, out):
+        """torch's own operators compute a row in ways that depend on how many there are."""
+        outputs, changed = invariance.row_by_row(function, self.row_arguments, args)
+        if self.in_place:
+            for place, rows in changed.items():
+                args[place].copy_(rows.view(args[place].shape))
+            return None
+        places = self.fake(*args) if out is None else out
+        if not isinstance(places, tuple):
+            return places.copy_(outputs[0].view(places.shape))
+        return tuple(place.copy_(rows.view(place.shape)) for place, rows in zip(places, outputs, strict=True))
 
     def _run_reference(self, function, args, out):
         """The reference says what the values are; where they go is `out`, or what the fake implementation promises."""

@@ -61,7 +61,8 @@ def on_change(listener):
     _listeners.append(listener)
 
 
-def _changed():
+def changed():
+    """Tell every listener."""
     for listener in _listeners:
         listener()
 
@@ -69,7 +70,7 @@ def _changed():
 def refresh():
     """Forget what was read, so that the next use reads the environment again."""
     _values.clear()
-    _changed()
+    changed()
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def override(name, value):
         raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}, got {value!r}")
     before = _values.get(name)
     _values[name] = value
-    _changed()
+    changed()
     try:
         yield
     finally:
@@ -88,7 +89,7 @@ def override(name, value):
             _values.pop(name, None)
         else:
             _values[name] = before
-        _changed()
+        changed()
 
 
 def backend():

@@ -2,7 +2,7 @@
 
 import torch
 
-from fusedops._core import dispatch, env, replay
+from fusedops._core import dispatch, env, invariance, replay
 from fusedops._core.checks import FLOATS
 from fusedops._core.device import interpreting
 from fusedops._core.signature import PLAIN, signature
@@ -55,13 +55,15 @@ class Operator:
         example: Function (shape, dtype, device) that gives (args, kwargs) for the public function, or None.
     """
 
-    def __init__(self, schema, package, implementations, fake, cost, example):
+    def __init__(self, schema, package, implementations, fake, cost, example, rows):
         self.name = schema.partition("(")[0]
         self.package = package
         self.implementations = implementations
         self.cost = cost
         self.example = example
-        self._selector = dispatch.Selector(self.name, package, implementations, fake)
+        self._selector = dispatch.Selector(
+            self.name, package, implementations, fake, _places(schema, rows), "!" in schema
+        )
         self._op = None
         self._op_out = None
         self._keeps_plans = example is not None and "!" not in schema
@@ -84,6 +86,8 @@ class Operator:
         is counted here.
         """
         if not tensor.is_cpu or torch.is_grad_enabled() or tensor.dtype not in FLOATS or dispatch.any_autocast():
+            return None
+        if invariance.enabled():
             return None
         if like is not None and (like.dtype is not tensor.dtype or like.shape != tensor.shape):
             return None
@@ -116,7 +120,9 @@ class Operator:
         return plan.run
 
     def _plan(self, args, implementation):
-        if implementation == "reference" or dispatch.leaves_fused_path(implementation, args[0]):
+        if implementation == "reference" or (implementation == "torch" and invariance.enabled()):
+            return  # rows are made by the reference together, and one by one by torch
+        if dispatch.leaves_fused_path(implementation, args[0]):
             return  # each such call needs a decision, or a warning, of its own
         if len(args) < self._signature.__code__.co_argcount:
             return  # torch leaves defaults out where it hands arguments on; a public function gives them all
@@ -124,6 +130,8 @@ class Operator:
             self._plans.clear()
         function, key = self._selector.entry(implementation)
         self._plans[self._signature(*args)] = _Plan(function, key, args[0].device.index, implementation == "triton")
+        if implementation == "torch" and invariance.enabled():  # another thread changed the mode meanwhile
+            self._plans.clear()
 
     def __call__(self, *args, out=None):
         if _dispatcher_needed(args):
@@ -151,6 +159,13 @@ class Operator:
         return self._selector.module(implementation)
 
 
+def _places(schema, names):
+    """Places of arguments in a schema by their names."""
+    arguments = schema.partition("(")[2].rpartition(") ->")[0].split(", ")
+    found = [argument.partition("=")[0].split()[-1] for argument in arguments]
+    return tuple(found.index(name) for name in names)
+
+
 def watched():
     """Whether something wants to see every operator: tracing, modes, function transforms."""
     return _is_compiling() or _included_keys().raw_repr() & _UNUSUAL_KEYS != 0
@@ -169,7 +184,7 @@ def _dispatcher_needed(args):
 
 
 def register(schema, *, package, fake, implementations, backward=None, setup_context=None, out=False, cost=None,
-             example=None):
+             example=None, rows=()):
     """Register ``torch.ops.fusedops.<name>`` and return its Operator.
 
     Args:
@@ -183,8 +198,10 @@ def register(schema, *, package, fake, implementations, backward=None, setup_con
         backward, setup_context: As in ``torch.library.register_autograd``. Without them, differentiating raises.
         out: Also register ``<name>_out``, which writes into a last argument ``out``.
         cost, example: See Operator.
+        rows: Names of the arguments that have a row for each row of the first of them, which is ``[..., N]``: in
+            batch-invariant mode torch's composition gets them row by row.
     """
-    operator = Operator(schema, package, implementations, fake, cost, example)
+    operator = Operator(schema, package, implementations, fake, cost, example, rows)
     name = operator.name
     _LIBRARY.define(schema, tags=_TAGS)
     _LIBRARY.impl(name, operator._selector.run, "CompositeExplicitAutograd")

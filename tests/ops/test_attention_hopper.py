@@ -91,7 +91,7 @@ def test_reasons(change, reason):
 def test_misaligned_address():
     base = torch.zeros(4 * 64 * 64 + 8, dtype=torch.bfloat16)
     tensors = [base[offset : offset + 4 * 64 * 64].view(1, 64, 4, 64) for offset in (0, 8, 1)]
-    assert [hopper_launch._mappable(tensor) for tensor in tensors] == [True, True, False]
+    assert [hopper_launch.mappable(tensor) for tensor in tensors] == [True, True, False]
 
 
 def test_tensor_maps_have_no_stride_that_a_size_of_1_left_behind():

@@ -5,6 +5,7 @@ Memory is that of the longest sequence. Lengths and pages are read on the host, 
 
 import torch
 
+from fusedops._core import invariance
 from fusedops._core.register import operators
 from fusedops._core.sharing import shares_reading
 
@@ -65,7 +66,7 @@ def _sequences(q, k_cache, block_table, cache_seqlens, cu_seqlens_q):
 def _single_queries(q, k_cache, v_cache, sequences, scale, out, lse):
     """Fill out and lse of sequences with one query, many by few calls; return the sequences that are left."""
     left, group, pages_of_group = [], [], 0
-    most = GATHERED // max(k_cache[:1].numel(), 1)
+    most = 0 if invariance.enabled() else GATHERED // max(k_cache[:1].numel(), 1)  # 0: each by itself
     for sequence in sequences:
         _, rows, length, pages, missing = sequence
         if rows.stop - rows.start > 1 or not length or missing is not None:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fusedops._core import checks, codes, env
+from fusedops._core import checks, codes, env, invariance
 from fusedops._core.numbers import ceil_div
 from fusedops._core.register import register
 from fusedops.ops.attention import check_table
@@ -93,6 +93,8 @@ def quantize_fp8(x, *, granularity="row", dtype=torch.float8_e4m3fn, scale=None)
 
 def _check(op, x, granularity, scale=None, dtype=torch.float8_e4m3fn):
     checks.check_choice(op, "granularity", granularity, GRANULARITIES)
+    if scale is None and granularity in ("tensor", "block_2d"):
+        invariance.refuse(op, f"a scale of {granularity!r} is computed from several rows")
     checks.bind_shapes(op, x=(x, "... N K" if granularity == "block_2d" else "... K"))
     checks.check_float(op, x=x)
     checks.check_rows(op, x=x)

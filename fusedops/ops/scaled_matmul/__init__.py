@@ -186,6 +186,7 @@ def _register(name, dtype):
         "str? activation, Tensor? residual, bool gated=False) -> Tensor",
         package=__name__,
         implementations=("triton", "torch", "reference"),
+        rows=("a", "scale_a", "residual"),
         fake=_fake,
         cost=_cost,
         example=_example(dtype),

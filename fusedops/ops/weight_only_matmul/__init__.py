@@ -128,6 +128,7 @@ _weight_only_matmul = register(
     "str? activation, bool gated=False) -> Tensor",
     package=__name__,
     implementations=("triton", "torch", "reference"),
+    rows=("x", "residual"),
     fake=_fake,
     cost=_cost,
     example=_example,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedops._core import invariance
 from fusedops._core.device import KIB, MIN_FP8_CAPABILITY, limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
@@ -27,6 +28,7 @@ PROGRAMS_PER_SM = 2  # that the parts of K aim at
 LOAD_BYTES = 16  # that a thread asks for at once
 STAGE_BYTES = 64 * KIB  # of weights and x that a program has under way
 MAX_SUMS = 128  # of one thread, in registers
+INVARIANT_ROWS = 1024  # of one launch in batch-invariant mode, whose parts of sums are in memory
 MIN_PART_STEPS = 4  # of a program's loop, below which adding the parts costs more than it saves
 PAIRS = 28672  # rows of Llama 3 8B's gate and up projections as one weight
 
@@ -278,7 +280,9 @@ def config(op, device_limits, x, values, scale, zero, bias, residual, activation
         x.dtype, values.dtype, scale.dtype, zero is not None, bias is not None, residual is not None, activation,
         gated,
     )  # fmt: skip
-    return TILE.choose(device_limits, (x.numel() // K, N, K, x.element_size(), pack, group_k), also)
+    rows = x.numel() // K
+    M = min(rows, FEW_ROWS) if invariance.enabled() else rows
+    return TILE.choose(device_limits, (M, N, K, x.element_size(), pack, group_k), also)
 
 
 def _default_join(gated):
@@ -302,6 +306,13 @@ def weight_only_matmul(x, values, scale, zero, bias, residual, activation, gated
     M = rows.shape[0]
     if not M:
         return out
+    if M > INVARIANT_ROWS and invariance.enabled():
+        residuals = [None] * M if residual is None else residual.reshape(-1, width).split(INVARIANT_ROWS)
+        parts = [
+            weight_only_matmul(part, values, scale, zero, bias, added, activation, gated)
+            for part, added in zip(rows.split(INVARIANT_ROWS), residuals)
+        ]
+        return torch.cat(parts).view(out.shape)
     device_limits = limits(x.device)
     tile = config("weight_only_matmul", device_limits, x, values, scale, zero, bias, residual, activation, gated)
     group_n, group_k = group_of(N, K, tuple(scale.shape)) if scale.dim() == 2 else (1, 1)

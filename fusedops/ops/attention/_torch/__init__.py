@@ -2,12 +2,29 @@
 
 import torch
 
+from fusedops._core import invariance
 from fusedops.ops.attention._torch import blocks, flash
 from fusedops.ops.attention._torch.parts import NO_SCORE, Options, outputs
 
 
 def attention(q, k, v, *options):
     """torch's fused kernel where it covers the options, else matmuls."""
+    if invariance.enabled() and q.numel() and not q.is_meta:
+        parts = [_alone(q, k, v, Options(*options), b) for b in range(len(q))]
+        return tuple(torch.cat(part) for part in zip(*parts))
+    return _together(q, k, v, *options)
+
+
+def _alone(q, k, v, options, b):
+    """Sequence b from fresh memory: torch's kernels share work out by the number of sequences."""
+    own = (t[b : b + 1].clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+    options = options.of_sequence(b)
+    if options.mask is not None and len(options.mask) > 1:
+        options = options._replace(mask=options.mask[b : b + 1])
+    return _together(*own, *options)
+
+
+def _together(q, k, v, *options):
     found = flash.plain_attention(q, k, v, *options)
     if found is not None:
         return found
@@ -76,6 +93,20 @@ def _sequences(cu_seqlens_q, cu_seqlens_k):
 
 def merge_attention(out_a, lse_a, out_b, lse_b):
     """Each side's weight relative to the sum."""
+    if not invariance.enabled() or not out_a.numel() or out_a.is_meta:
+        return _merged(out_a, lse_a, out_b, lse_b)
+    length, heads, dv = out_a.shape[-3:]
+    sides = [t.reshape(-1, 1, heads, dv) for t in (out_a, out_b)]
+    tables = [t.mT.reshape(-1, heads, 1) for t in (lse_a, lse_b)]
+    rows = [
+        _merged(*(t[row].clone() for t in (sides[0], tables[0], sides[1], tables[1]))) for row in range(len(sides[0]))
+    ]
+    out, lse = (torch.cat(part) for part in zip(*rows))
+    lse = lse.view(*lse_a.shape[:-2], length, heads).mT
+    return out.view(out_a.shape), lse.contiguous()
+
+
+def _merged(out_a, lse_a, out_b, lse_b):
     lse = torch.logaddexp(lse_a, lse_b)
     shift = lse.masked_fill(lse == NO_SCORE, 0.0)
     merged = None

@@ -11,9 +11,9 @@ from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
 from fusedops._core.tuning import Tunable
-from fusedops.ops.attention._triton import backward_launch, hopper_launch
+from fusedops.ops.attention._triton import backward_launch, hopper_launch, invariant
 from fusedops.ops.attention._triton.forward import _attention_kernel
-from fusedops.ops.attention._triton.split_kv import _combine_kernel, _merge_kernel
+from fusedops.ops.attention._triton.split_kv import _combine_kernel, _merge_kernel, warps_of_join
 
 FP8 = torch.float8_e4m3fn
 _run_attention, _run_combine = Relauncher(_attention_kernel), Relauncher(_combine_kernel)
@@ -136,6 +136,7 @@ def config(op, device_limits, *args):
     if op == "attention_varlen":
         batch, max_q, max_k = rest[0].shape[0] - 1, rest[2], rest[3]
         rest = rest[4:]
+        max_q, max_k = invariant.lengths(max_q, max_k, packed=True)
     else:
         batch, max_q, max_k = q.shape[0], q.shape[1], k.shape[1]
     mask, causal, left, right = rest[2], *rest[7:10]
@@ -148,8 +149,9 @@ def config(op, device_limits, *args):
     )  # fmt: skip
     tile = TILE.choose(device_limits, asked, also)
     reach = min(max_k, (max_k if left is None else left) + (max_k if right is None else right) + max_q)
-    programs = ceil_div(max_q * pack, tile.block_m) * (q.shape[-2] // pack) * batch
+    programs = ceil_div(max_q * pack, tile.block_m) * (q.shape[-2] // pack) * invariant.sequences(batch)
     splits = num_splits(tile, programs, ceil_div(reach, tile.block_n), device_limits)
+    splits = invariant.splits(splits, tile, max_q * pack)
     hopper = None
     if splits == 1:
         hopper = hopper_launch.config(
@@ -178,6 +180,7 @@ def attention(q, k, v, *options):
     out = q.new_empty((batch, num_queries, heads, v.shape[-1]), dtype=_out_dtype(q))
     lse = q.new_empty((batch, heads, num_queries), dtype=torch.float32)
     if out.numel():
+        q, k, v = invariant.aligned(limits(q.device), q, k, v)
         tile = config("attention", limits(q.device), q, k, v, *options)
         strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
         _launch(tile, q, k, v, None, None, batch, num_queries, k.shape[1], strides, out, lse, *options)
@@ -192,6 +195,7 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     batch = cu_seqlens_q.shape[0] - 1
     if out.numel() and batch and max_seqlen_q:
+        q, k, v = invariant.aligned(limits(q.device), q, k, v)
         tile = config("attention_varlen", limits(q.device), q, k, v, *lengths, *options)
         strides = [0, *q.stride()[:2], 0, *k.stride()[:2], 0, *v.stride()[:2]]
         _launch(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, batch, max_seqlen_q, max_seqlen_k, strides, out, lse,
@@ -208,14 +212,15 @@ def _launch(
     sinks, alibi_slopes, mask, q_scale, k_scale, v_scale, softmax_scale, causal, window_left, window_right, softcap,
 ):  # fmt: skip
     """Run the kernel, and where the keys are split the one that joins the parts."""
+    varlen = cu_seqlens_q is not None
+    bounds = _bounds(*invariant.lengths(max_q, max_k, varlen), causal, window_left, window_right)
     if isinstance(tile, hopper_launch.HopperConfig):
-        bounds = _bounds(max_q, max_k, causal, window_left, window_right)
         sm_count = limits(q.device).sm_count
         hopper_launch.launch(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, batch, max_q, max_k, bounds, out, lse,
                              sinks, (q_scale, k_scale, v_scale), softmax_scale, softcap, sm_count)  # fmt: skip
         return
     heads, pack = q.shape[-2], _pack(q, k, mask)
-    left, right = _bounds(max_q, max_k, causal, window_left, window_right)
+    left, right = bounds
     num_blocks = ceil_div(max_q * pack, tile.block_m)
     num_rows, dv = out.numel() // out.shape[-1], out.shape[-1]
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
@@ -232,7 +237,6 @@ def _launch(
         k_scale = q_scale.new_ones((1, k.shape[-2]))
     if q_scale is None and k_scale is not None:
         q_scale = k_scale.new_ones((1, heads))
-    varlen = cu_seqlens_q is not None
     tensors = (
         q, k, v, sinks, alibi_slopes, mask, q_scale, k_scale, v_scale, cu_seqlens_q, cu_seqlens_k, parts, states,
     )  # fmt: skip
@@ -289,13 +293,8 @@ def _combine(parts, states, sinks, out, lse, natural):
     }  # fmt: skip
     _run_combine(
         (num_rows, ceil_div(dv, block_dv), 1), (parts, states, sinks, out, lse), (length, heads, num_rows, number),
-        constants, _warps_of_join(block_splits * block_dv),
+        constants, warps_of_join(block_splits * block_dv),
     )  # fmt: skip
-
-
-def _warps_of_join(num_values):
-    """So many that a thread holds at most 64 of the values."""
-    return min(max(num_values // 2048, 1), 8)
 
 
 def merge_attention(out_a, lse_a, out_b, lse_b):
@@ -344,7 +343,7 @@ def examples(dtype, target):
     yield KernelExample(
         _combine_kernel, {**pointers, **dict.fromkeys(("S", "H", "num_rows", "num_splits"), "i32")},
         {"HAS_SINKS": True, "NATURAL": False, "DV": 128, "BLOCK_DV": 128, "BLOCK_SPLITS": 32},
-        divisible=tuple(pointers), num_warps=_warps_of_join(32 * 128),
+        divisible=tuple(pointers), num_warps=warps_of_join(32 * 128),
         wide_access=False,  # its loads are; a row of the result is 8 bytes a thread
     )  # fmt: skip
     pointers = {f"{name}_ptr": f"*{dtype if 'out' in name else 'fp32'}" for name in

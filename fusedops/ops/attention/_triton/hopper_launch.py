@@ -71,7 +71,7 @@ def rejection(device_limits, q, k, v, varlen, max_q, left, options):
         return f"needs at least {MIN_QUERIES} queries"
     if softmax_scale <= 0.0:
         return "needs a positive softmax_scale"
-    if not all(_mappable(tensor) for tensor in (q, k, v)):
+    if not all(mappable(tensor) for tensor in (q, k, v)):
         return f"addresses and strides must be multiples of {ALIGNMENT} bytes, no size and no stride may be 0"
     return None
 
@@ -86,7 +86,7 @@ def config(device_limits, q, k, v, varlen, max_q, left, options):
     return default(q.shape[-1], v.shape[-1], q.element_size(), plain)
 
 
-def _mappable(tensor):
+def mappable(tensor):
     """Whether a tensor map can describe the tensor."""
     if tensor.numel() == 0 or tensor.data_ptr() % ALIGNMENT:
         return False

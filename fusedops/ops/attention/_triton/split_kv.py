@@ -50,7 +50,8 @@ def _combine_kernel(
     parts = tl.load(part_ptrs, mask=mask_states[:, None] & mask_dv[None, :], other=0.0)
     m = tl.max(m_parts[None, :], 1)
     shares = _share(m_parts, tl.max(m_parts, 0), NATURAL)
-    l_i = tl.sum((l_parts * shares)[None, :], 1)
+    # products that are rounded: fused with the sum's additions each lane would fuse its own, and lanes would differ
+    l_i = tl.sum(tl.fma(l_parts, shares, tl.zeros_like(shares))[None, :], 1)
     acc = tl.sum(_weighted(parts, shares), 0)[None, :]
     sink = 0.0
     if HAS_SINKS:
@@ -85,3 +86,8 @@ def _merge_kernel(
     out, lse = close_rows(acc, m, share_a + share_b, 0.0, False, True)
     tl.store(lse_ptr + lse_rows, lse, mask=mask_m)
     tl.store(out_ptr + rows[:, None] * DV + offs_dv, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def warps_of_join(num_values):
+    """So many that a thread holds at most 64 of the values."""
+    return min(max(num_values // 2048, 1), 8)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fusedops._core import invariance
 from fusedops._core.device import fp8_rejection, limits
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
@@ -19,6 +20,7 @@ MIN_SPLIT_KEYS = _MIN_SPLIT_KEYS.value
 MAX_SPLIT_BATCH = 1024  # sequences beyond which nothing is split: every program reads all lengths at once
 WAVES = 4  # so many parts for each place on the device, that places are left when the longest ends
 FIXED_ROWS = 64  # of a tile where num_splits is given: it must not depend on other sequences' queries
+INVARIANT_SPLITS = 16  # at most, in batch-invariant mode: the parts of every sequence are in memory
 MAX_SUMS = 128  # of one thread, in registers
 BLOCK_SPLITS = 16  # parts that are joined at once
 _run_attention, _run_combine = Relauncher(_paged_attention_kernel), Relauncher(_combine_kernel)
@@ -124,11 +126,18 @@ def extra_slots(batch, kv_heads, capacity, device_limits):
     return min(ceil_div(WAVES * places, kv_heads), batch * ceil_div(capacity, MIN_SPLIT_KEYS))
 
 
+def _own_splits(kv_heads, device_limits):
+    """Where rows must not depend on each other, the splits of a sequence that has the device for itself; else None."""
+    if not invariance.enabled():
+        return None
+    return min(ceil_div(2 * device_limits.sm_count, kv_heads), INVARIANT_SPLITS)
+
+
 def config(op, device_limits, *args):
     """The configuration of one call."""
     q, k_cache, v_cache, block_table, _, _, max_seqlen_q, *rest = args  # rest: from sinks to num_splits
     page_size, kv_heads = k_cache.shape[1:3]
-    group, num_splits = q.shape[1] // kv_heads, rest[-1]
+    group, num_splits = q.shape[1] // kv_heads, rest[-1] or _own_splits(kv_heads, device_limits)
     num_rows = FIXED_ROWS if num_splits else max_seqlen_q * group
     sizes = q.shape[-1], v_cache.shape[-1], q.element_size(), k_cache.element_size()
     capacity = block_table.shape[1] * page_size
@@ -145,8 +154,8 @@ def config(op, device_limits, *args):
 
 
 def _left(window_left, capacity):
-    """Keys that a query sees before its own; None where that hides none."""
-    return window_left if 0 <= window_left < capacity - 1 else None
+    """Keys that a query sees before its own; None where that hides none in any sequence."""
+    return window_left if 0 <= window_left < capacity - 1 or window_left >= 0 and invariance.enabled() else None
 
 
 def paged_attention(
@@ -175,7 +184,7 @@ def paged_attention(
     sinks, alibi_slopes = (t if t is None else t.contiguous() for t in (sinks, alibi_slopes))
     left = _left(window_left, capacity)
     right = 0 if causal else window_right
-    has_right = 0 <= right < max_seqlen_q - 1
+    has_right = 0 <= right < max_seqlen_q - 1 or right >= 0 and invariance.enabled()
     num_blocks = ceil_div(max_seqlen_q * group, tile.block_m)
     tensors = (
         q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, sinks, alibi_slopes, k_scale, v_scale, tree_mask,

@@ -15,7 +15,9 @@ def _join(m_i, l_i, acc, m_parts, l_parts, parts):
     shares = tl.exp2(m_parts - m_finite)
     alpha = tl.exp2(m_i - m_finite)
     weighted = tl.where((shares == 0.0)[:, None], 0.0, parts * shares[:, None])
-    return m_new, l_i * alpha + tl.sum(l_parts * shares, 0), acc * alpha + tl.sum(weighted, 0)
+    # products that are rounded: fused with the sum's additions each lane would fuse its own, and lanes would differ
+    added = tl.sum(tl.fma(l_parts, shares, tl.zeros_like(shares)), 0)
+    return m_new, l_i * alpha + added, acc * alpha + tl.sum(weighted, 0)
 
 
 @triton.jit

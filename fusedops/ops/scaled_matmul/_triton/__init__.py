@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton.language as tl
 
+from fusedops._core import invariance
 from fusedops._core.device import MIN_FP8_CAPABILITY, limits
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
@@ -119,8 +120,15 @@ SMALL = _tunable("scaled_matmul_small", {"num_warps": (2, 4, 8), "num_stages": (
 
 def config(op, device_limits, a, b, *rest):
     """The configuration of one call."""
+    if _in_parts(a):
+        a = a[:SMALL_M]
     tile = _hopper_tile(device_limits, a, b)
     return tile if tile is not None else _portable_tile(device_limits, a, b, *rest)
+
+
+def _in_parts(a):
+    """Whether rows must not meet the kernels for many: sums of integers are exact in any order, those of floats not."""
+    return a.shape[0] > SMALL_M and a.dtype == FP8 and invariance.enabled()
 
 
 def _portable_tile(device_limits, a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
@@ -174,6 +182,8 @@ def _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated
     out = a.new_empty((rows, columns // (1 + gated)), dtype=out_dtype)
     if not rows:
         return out
+    if _in_parts(a):
+        return torch.cat([_matmul(*part, acc) for part in _parts(*given)])
     device_limits = limits(a.device)
     expand = expands(a, device_limits)
     if expand:
@@ -200,6 +210,15 @@ def _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated
     grid = ceil_div(rows, tile.block_m) * ceil_div(columns, tile.block_n), 1, 1
     _run(grid, tensors, numbers, constants, tile.num_warps, tile.num_stages)
     return out
+
+
+def _parts(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated):
+    """The arguments of a call for every SMALL_M rows."""
+    for first in range(0, len(a), SMALL_M):
+        part = slice(first, first + SMALL_M)
+        scale = scale_a[part] if scale_a.numel() > 1 else scale_a
+        added = residual if residual is None else residual[part]
+        yield a[part], b, scale, scale_b, bias, out_dtype, activation, added, gated
 
 
 def _few_rows(tile, tensors, numbers, constants, kinds):
