@@ -226,7 +226,7 @@ CASES = {
     "weight_only int4": Case(
         *weight_only(*stored_weights("int4")[:2], BF16, zero=stored_weights("int4")[2]), many=(65,)
     ),
-    "attention decode": Case(*sequences(1, 300), many=(2, 5), differs=("triton", 5)),
+    "attention decode": Case(*sequences(1, 300), many=(2, 17), differs=("triton", 5)),
     "attention": Case(*sequences(40, 90, causal=True)),
     "attention long": Case(*sequences(80, 150, dim=64, dtype=BF16, causal=True), many=(2,)),
     "attention_varlen": Case(*packed(5, 150, causal=True, window_size=(70, 0)), many=(2, 6)),
