@@ -26,6 +26,7 @@ from fusedops.ops.weight_only_matmul import weight_only_matmul
 from fusedops.ops.write_kv_cache import rotary_write_kv_cache, write_kv_cache
 from fusedops.patch import patched, unpatch
 from fusedops.tuning import tune
+from fusedops.warm import WarmUp, warmup
 
 __version__ = "0.1.0"
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "kv_cache": {"_core", "ops", ""},
     "tuning": {"_core", "testing", "tuning"},
     "convert": {"_core", "ops", "nn", "convert", ""},
+    "warm": {"_core", "patch", "warm"},
     "patch": {"_core", "ops", "nn", "kv_cache", "testing", "convert", "patch", ""},
 }
 # The one way from dispatch to the emulator, taken by the first call that asks for it.

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from fusedops._core import sass
+from fusedops._core import fingerprint, sass
 
 _WIDE = ("128", "256")  # modifiers of 16-byte and 32-byte accesses
 _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+)")
@@ -195,6 +195,7 @@ def _compile(function, signature, constants, attributes, capability, options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    fingerprint.settle(function)
     kind = ASTSource
     if function.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as kind

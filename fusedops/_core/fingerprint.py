@@ -8,6 +8,7 @@ import inspect
 import types
 
 _PLAIN = (int, float, str, bytes, type(None))
+_settled: set = set()  # functions that Triton has hashed after all their helpers
 
 
 def of(function) -> str:
@@ -28,6 +29,29 @@ def is_jitted(value) -> bool:
     return isinstance(getattr(value, "fn", None), types.FunctionType)
 
 
+def settle(function) -> None:
+    """Have Triton hash the helpers of a kernel before the kernel.
+
+    Triton's own hash of a function has the constants of those helpers alone that were hashed before it, so a kernel's
+    key in its cache on disk would follow from what else ran earlier in the process, and another process miss it.
+    """
+    inner = function.fn
+    if inner in _settled or not hasattr(function, "cache_key"):
+        return
+    _settled.add(inner)
+    scope = _scope(inner)
+    for name in _names(inner.__code__):
+        if is_jitted(scope.get(name)):
+            settle(scope[name])
+    function.hash = None  # it may have been asked for already
+    function.cache_key  # noqa: B018 - computed at this look
+
+
+def _scope(inner) -> dict:
+    free = zip(inner.__code__.co_freevars, (_content(cell) for cell in inner.__closure__ or ()))
+    return {**inner.__globals__, **dict(free)}
+
+
 def _collect(function, seen: set, parts: list[str]) -> None:
     """Append the source of a function, where it stands (line numbers are in the PTX), and of what it refers to."""
     inner = function.fn
@@ -37,8 +61,7 @@ def _collect(function, seen: set, parts: list[str]) -> None:
     code = inner.__code__
     parts.append(f"{code.co_filename}:{code.co_firstlineno}:{_source(inner)}")
     parts.append(repr([(name, constant(value)) for name, value in _defaults(inner)]))
-    scope = dict(inner.__globals__)
-    scope.update(zip(code.co_freevars, (_content(cell) for cell in inner.__closure__ or ())))
+    scope = _scope(inner)
     names = _names(code)
     for name in names:
         if name in scope:

@@ -8,7 +8,7 @@ says whose kernel it is, the second is where nothing was found. A launch of a co
 import functools
 from contextvars import ContextVar
 
-from fusedops._core import env
+from fusedops._core import env, fingerprint
 
 OURS = "fusedops."
 _asked_for = ContextVar("the launch of ours that Triton looks for in its cache", default=None)
@@ -25,7 +25,10 @@ def watch():
 def _watching(original):
     @functools.wraps(original)
     def _do_compile(self, key, signature, device, constexprs, *rest):
-        if env.jit() == "allow" or not self.fn.__module__.startswith(OURS):
+        ours = self.fn.__module__.startswith(OURS)
+        if ours:
+            fingerprint.settle(self)
+        if env.jit() == "allow" or not ours:
             return original(self, key, signature, device, constexprs, *rest)
         _, _, target, backend, _ = self.device_caches[device]
         _guard(type(backend))

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from fusedops.cli import bench, bench_accuracy, bench_model, cache, demo, doctor, explain, inspect, tune
+from fusedops.cli import bench, bench_accuracy, bench_model, cache, demo, doctor, explain, inspect, tune, warmup
 from fusedops.cli.console import CommandError
 
 COMMANDS = {
@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": inspect,
     "doctor": doctor,
     "tune": tune,
+    "warmup": warmup,
     "cache": cache,
 }
 BAD_INPUT = 2

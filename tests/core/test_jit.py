@@ -13,7 +13,7 @@ import fusedops
 from fusedops._core import env
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ["_quantize_kernel", "_rms_norm_kernel"]  # the first by a Relauncher, the second by kernel[grid]
+KERNELS = ["_quantize_kernel", "_quantize_int4_kernel"]  # the first by a Relauncher, the second by kernel[grid]
 
 
 def attempts(cache, *arguments):
@@ -55,3 +55,24 @@ def test_a_wrong_value_is_named():
         env.override("FUSEDOPS_JIT", "never"),
     ):
         pass
+
+
+def test_a_kernels_name_in_the_cache_does_not_follow_from_what_ran_before():
+    """Triton hashes a kernel with the constants of those helpers that were hashed earlier in the process."""
+    text = """
+import sys
+from fusedops._core import fingerprint
+from fusedops.ops.attention._triton.forward import _attention_kernel as first
+from fusedops.ops.paged_attention._triton.forward import _paged_attention_kernel as second
+for kernel in (first, second)[:: int(sys.argv[1])]:
+    fingerprint.settle(kernel)
+print(first.cache_key, second.cache_key)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    keys = [
+        subprocess.run(
+            [sys.executable, "-c", text, order], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for order in ("1", "-1")
+    ]
+    assert keys[0] == keys[1] and len(keys[0].split()) == 2
