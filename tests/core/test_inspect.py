@@ -221,7 +221,7 @@ def test_launches_are_recorded_and_not_made():
     ((operator, args),) = inspection.operator_calls(fusedops.rms_norm, (x, weight), {})
     assert all(arg.device.type == "meta" for arg in args[:2])
     (launch,) = inspection.record(operator, args, TARGETS["sm_80"])
-    assert launch.kernel.fn.__name__ == "_rms_norm_kernel" and launch.grid == (64,)
+    assert launch.kernel.fn.__name__ == "_rms_norm_kernel" and launch.grid == (64, 1, 1)
     assert launch.keywords["BLOCK_N"] == 1024 and torch.equal(x, torch.full((64, 1024), 2.0))
 
 

@@ -11,6 +11,7 @@ import fusedops
 from fusedops._core import env, tuning
 from fusedops._core.device import INTERPRETER
 from fusedops._core.register import operators
+from fusedops._core.relaunch import Relauncher
 from fusedops._core.tuning import store
 from fusedops.ops.rms_norm import reference
 from fusedops.testing import assert_accurate, make_tensor
@@ -77,6 +78,7 @@ class Watched:
 
     def __init__(self, kernel, launch=None):
         self.kernel = kernel
+        self.arg_names = kernel.arg_names
         self.launch = launch
         self.launches = []
 
@@ -95,7 +97,7 @@ def launching(monkeypatch, launch=None):
     """Launch the norm's kernel through `launch(kernel, grid, args, options)`."""
     with monkeypatch.context() as patch:
         watched = Watched(kernels()._rms_norm_kernel, launch)
-        patch.setattr(kernels(), "_rms_norm_kernel", watched)
+        patch.setattr(kernels(), "_run", Relauncher(watched))
         yield watched
 
 

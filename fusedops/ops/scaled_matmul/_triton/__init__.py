@@ -13,7 +13,11 @@ from fusedops._core.relaunch import Relauncher
 from fusedops._core.tuning import Tunable
 from fusedops.ops.scaled_matmul._triton import hopper_launch, launches
 from fusedops.ops.scaled_matmul._triton.portable import _scaled_matmul_kernel
-from fusedops.ops.scaled_matmul._triton.small import _scaled_matmul_combine_kernel, _scaled_matmul_small_kernel
+from fusedops.ops.scaled_matmul._triton.small import (
+    _scaled_matmul_combine_kernel,
+    _scaled_matmul_small_kernel,
+    combine_block,
+)
 
 FP8 = torch.float8_e4m3fn
 BLOCK_K = 128  # of float8 also the elements that tensor cores add up before float32 takes over
@@ -21,7 +25,6 @@ SMALL_M = 64  # rows up to which the weights' bytes are all that counts
 SMALL_BLOCK_N = 64  # the rows of b that one tensor core instruction takes
 MIN_SPLIT_K = 512  # depth below which a split costs more than it brings
 GROUP_M = 8  # rows of tiles that are walked through together
-COMBINE_BLOCK_N = 1024
 MAX_SUMS = 256  # of one thread, in registers
 ALIGNMENT = 16  # bytes
 
@@ -232,10 +235,11 @@ def _few_rows(tile, tensors, numbers, constants, kinds):
     grid = ceil_div(len(b), tile.block_n), tile.num_splits, 1
     _run_small(grid, (*tensors, parts), (*numbers, tile.split_k), constants, tile.num_warps, tile.num_stages)
     if parts is not None:
-        grid = ceil_div(len(b), COMBINE_BLOCK_N), len(a), 1
+        block_n = combine_block(kinds["GATED"])
+        grid = ceil_div(len(b), block_n), len(a), 1
         stride, rows, columns, _ = numbers[-4:]
         numbers = stride, rows, columns, tile.num_splits
-        _run_combine(grid, (parts, *rest, out), numbers, {**kinds, "BLOCK_N": COMBINE_BLOCK_N}, 4)
+        _run_combine(grid, (parts, *rest, out), numbers, {**kinds, "BLOCK_N": block_n}, 4)
 
 
 def _strides(scale):

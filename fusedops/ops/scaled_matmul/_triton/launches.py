@@ -6,7 +6,11 @@ from fusedops._core.device import MIN_FP8_CAPABILITY
 from fusedops._core.launch import KernelExample
 from fusedops.ops.scaled_matmul._triton import hopper_launch
 from fusedops.ops.scaled_matmul._triton.portable import _scaled_matmul_kernel
-from fusedops.ops.scaled_matmul._triton.small import _scaled_matmul_combine_kernel, _scaled_matmul_small_kernel
+from fusedops.ops.scaled_matmul._triton.small import (
+    _scaled_matmul_combine_kernel,
+    _scaled_matmul_small_kernel,
+    combine_block,
+)
 
 PROMPT, DECODE, DECODE_SPLIT = (4096, 4096, 4096), (16, 28672, 4096), (16, 4096, 4096)  # rows, columns, depth
 ROWS = {"ACTIVATION": "none", "GATED": False, "SCALE_A": "row", "SCALE_B": "row"}
@@ -17,7 +21,8 @@ PAIRS = {"ACTIVATION": "silu", "GATED": True}  # of a gate and an up projection
 def examples(default, dtype, target):
     """Layers of Llama 3 8B, prompt and decoding step; dtype is the result's."""
     pairs = PAIRS if dtype == "bf16" else {}
-    combine = _described(_scaled_matmul_combine_kernel, dtype, "i8", ROWS | pairs | {"BLOCK_N": 1024}, 4, 1)
+    blocks = ROWS | pairs | {"BLOCK_N": combine_block(bool(pairs))}
+    combine = _described(_scaled_matmul_combine_kernel, dtype, "i8", blocks, 4, 1)
     if dtype == "fp16":  # bf16's instructions but for the last one, which every kernel has
         yield combine
         return
@@ -64,4 +69,7 @@ def _described(kernel, dtype, code, constants, num_warps, num_stages):
         if name not in constants:
             types[name] = f"*{pointers[name]}" if name in pointers else "i32"
             divisible += [] if name in ("M", "num_splits") else [name]
-    return KernelExample(kernel, types, constants, tuple(divisible), num_warps=num_warps, num_stages=num_stages)
+    halved = kernel is _scaled_matmul_small_kernel and constants["GATED"]  # 8 bytes of results for each thread
+    return KernelExample(
+        kernel, types, constants, tuple(divisible), num_warps=num_warps, num_stages=num_stages, wide_access=not halved
+    )  # fmt: skip
