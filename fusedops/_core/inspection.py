@@ -20,11 +20,11 @@ from fusedops._core.device import limits as limits_of
 from fusedops._core.diversion import diverted
 from fusedops._core.files import write_whole
 from fusedops._core.inspection_table import lines
+from fusedops._core.launch import ALIGNMENT
 from fusedops._core.occupancy import Occupancy, occupancy
 from fusedops._core.register import operators
 from fusedops._core.tuning import forced, observed
 
-ALIGNMENT = 16  # bytes; Triton compiles for pointers that are multiples of it, or not
 DEFAULT_TARGET = "sm_90a"  # where no GPU is at hand
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+ALIGNMENT = 16  # bytes; Triton compiles for pointers that are multiples of it, or not
+
 
 @dataclass(frozen=True)
 class KernelExample:

@@ -3,8 +3,8 @@
 import torch
 
 from fusedops._core import replay
+from fusedops._core.launch import ALIGNMENT
 
-ALIGNMENT = 16  # bytes; Triton compiles for pointers that are multiples of it, or not
 MAX_KEPT = 4096  # compiled kernels by the arguments they were first launched with
 
 

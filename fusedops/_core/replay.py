@@ -11,10 +11,9 @@ import threading
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ALIGNMENT = 16  # bytes, as in relaunch; kernels were compiled for pointers that are multiples of it
+from fusedops._core.launch import ALIGNMENT
+
 _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-
-
 _forgetters = []  # functions that drop replays
 _held = 0  # blocks in which launches are not those of every day
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from fusedops._core.binding import bind
-from fusedops._core.inspection import ALIGNMENT, record
+from fusedops._core.inspection import record
+from fusedops._core.launch import ALIGNMENT
 
 
 @dataclass(frozen=True)
