@@ -5,9 +5,11 @@ from fusedops._core.explain import Explanation, explain
 from fusedops._core.inspection import Inspection, inspect
 from fusedops._core.invariance import batch_invariant
 from fusedops._core.pairs import interleave_rows
+from fusedops._core.register import operators as _operators
 from fusedops.convert import fake_quantize_, quantize_
 from fusedops.kv_cache import OutOfPages, PagedKVCache
 from fusedops.ops.attention import attention, attention_varlen, merge_attention
+from fusedops.ops.compress_24 import compress_24, decompress_24, is_24, prune_24
 from fusedops.ops.gated_activation import gelu_mul, silu_mul, silu_mul_quantized
 from fusedops.ops.layer_norm import add_layer_norm, layer_norm
 from fusedops.ops.paged_attention import paged_attention
@@ -22,6 +24,7 @@ from fusedops.ops.rms_norm import (
 )
 from fusedops.ops.rotary import rotary
 from fusedops.ops.scaled_matmul import fp8_matmul, int8_matmul
+from fusedops.ops.sparse_matmul import sparse_matmul
 from fusedops.ops.weight_only_matmul import weight_only_matmul
 from fusedops.ops.write_kv_cache import rotary_write_kv_cache, write_kv_cache
 from fusedops.patch import patched, unpatch
@@ -30,4 +33,5 @@ from fusedops.warm import WarmUp, warmup
 
 __version__ = "0.1.0"
 
-OPERATORS = tuple(sorted(k for k, v in globals().items() if getattr(v, "__module__", "").startswith("fusedops.ops.")))
+# Those with kernels; pruning and compressing a weight are torch's operators on every device.
+OPERATORS = tuple(sorted(name for name, operator in _operators().items() if name in globals() and operator.has_kernels))

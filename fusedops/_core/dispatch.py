@@ -35,11 +35,6 @@ def reset_counters():
     _fallbacks.clear()
 
 
-def leaves_fused_path(implementation, tensor):
-    """Whether an implementation that was not asked for by name takes a call that a kernel was meant to take."""
-    return implementation in _CPU_ORDER and tensor.device.type == "cuda" and env.backend() == "auto"
-
-
 class Selector:
     """Finds the implementation for each call of one operator."""
 
@@ -50,7 +45,13 @@ class Selector:
         self.package = package
         self.implementations = implementations
         self.fake = fake
+        self.has_kernels = not set(implementations) <= set(_CPU_ORDER)
         self._loaded = {}
+
+    def leaves_fused_path(self, implementation, tensor):
+        """Whether an implementation that was not asked for by name takes a call that a kernel was meant to take."""
+        on_gpu = self.has_kernels and tensor.device.type == "cuda"
+        return on_gpu and implementation in _CPU_ORDER and env.backend() == "auto"
 
     def run(self, *args, out=None):
         """Run the operator by the implementation that `select` names."""
@@ -69,7 +70,7 @@ class Selector:
         self.run(*args[:-1], out=args[-1])
 
     def _run(self, args, out, implementation, rejected):
-        if leaves_fused_path(implementation, args[0]):
+        if self.leaves_fused_path(implementation, args[0]):
             reason = "; ".join(f"{name}: {why}" for name, why in rejected) or "no fused implementation exists"
             leave_fused_path(self.name, args[0], reason, implementation)
         calls[self.name, implementation] += 1
@@ -120,6 +121,8 @@ class Selector:
             RuntimeError: no implementation can run.
         """
         forced = env.backend()
+        if not self.has_kernels and forced not in _CPU_ORDER:
+            forced = "auto"  # to ask for kernels is to ask for those that there are
         on_gpu = limits is not None or args[0].device.type == "cuda"
         if forced != "auto":
             order = (forced,)

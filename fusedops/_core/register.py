@@ -51,6 +51,7 @@ class Operator:
     Attributes:
         name: Name under ``torch.ops.fusedops``.
         implementations: Names of the implementations, in the order in which they are tried on CUDA tensors.
+        has_kernels: Whether any implementation is a kernel; else torch's operators are meant on every device.
         cost: Function of the operator's arguments that gives (bytes moved, operations), or None.
         example: Function (shape, dtype, device) that gives (args, kwargs) for the public function, or None.
     """
@@ -64,6 +65,7 @@ class Operator:
         self._selector = dispatch.Selector(
             self.name, package, implementations, fake, _places(schema, rows), "!" in schema
         )
+        self.has_kernels = self._selector.has_kernels
         self._op = None
         self._op_out = None
         self._keeps_plans = example is not None and "!" not in schema
@@ -122,7 +124,7 @@ class Operator:
     def _plan(self, args, implementation):
         if implementation == "reference" or (implementation == "torch" and invariance.enabled()):
             return  # rows are made by the reference together, and one by one by torch
-        if dispatch.leaves_fused_path(implementation, args[0]):
+        if self._selector.leaves_fused_path(implementation, args[0]):
             return  # each such call needs a decision, or a warning, of its own
         if len(args) < self._signature.__code__.co_argcount:
             return  # torch leaves defaults out where it hands arguments on; a public function gives them all
