@@ -6,10 +6,11 @@ from collections import defaultdict
 
 import torch
 
-from fusedops._core import emulation, env, invariance, jit
+from fusedops._core import cuda, emulation, env, invariance, jit
 from fusedops._core.device import described, too_old, triton_rejection
 
 _CPU_ORDER = ("torch", "reference")
+_KERNELS = ("cuda", "triton")
 any_autocast = torch._C._is_any_autocast_enabled
 calls = defaultdict(int)  # by (operator, implementation); counted in place where every microsecond counts
 _fallbacks = defaultdict(int)
@@ -44,6 +45,7 @@ class Selector:
         self.in_place = in_place
         self.package = package
         self.implementations = implementations
+        self._kernels = [name for name in implementations if name in _KERNELS]
         self.fake = fake
         self.has_kernels = not set(implementations) <= set(_CPU_ORDER)
         self._loaded = {}
@@ -138,14 +140,15 @@ class Selector:
         raise RuntimeError(f"{self.name}: no implementation can run here ({reasons})")
 
     def _rejection(self, implementation, args, limits):
-        if ("triton" if implementation == "emulate" else implementation) not in self.implementations:
+        if implementation not in self.implementations and not (implementation == "emulate" and self._kernels):
             return "this operator has no such implementation"
         if implementation == "emulate" and limits is None:
             reason = emulation.rejection(args[0].device)
             if reason is not None:
                 return reason
-        if implementation in ("triton", "cuda"):
-            reason = triton_rejection(args[0].device) if limits is None else too_old(limits)
+        if implementation in _KERNELS:
+            rejection = triton_rejection if implementation == "triton" else cuda.rejection
+            reason = rejection(args[0].device) if limits is None else too_old(limits)
             if reason is not None:
                 return reason
         supports = self._load(implementation)[1]
@@ -164,20 +167,40 @@ class Selector:
         """(function, supports) of an implementation, imported at its first use."""
         loaded = self._loaded.get(implementation)
         if loaded is None:
-            module = self.module(implementation)
-            function = getattr(module, self.name)
-            if implementation == "triton":
-                jit.watch()
             if implementation == "emulate":
-                function = emulation.emulated(function)
-            loaded = function, getattr(module, "supports", None)
+                loaded = emulation.emulated(self._run_first_kernel), self._kernels_rejection
+            else:
+                module = self.module(implementation)
+                if implementation == "triton":
+                    jit.watch()
+                loaded = getattr(module, self.name), getattr(module, "supports", None)
             self._loaded[implementation] = loaded
         return loaded
 
-    def module(self, implementation):
-        """The module that holds an implementation; what is emulated is the Triton one."""
-        names = {"reference": "reference", "emulate": "_triton"}
-        name = names.get(implementation, f"_{implementation}")
+    def _kernel_of(self, args):
+        """(the first kind of kernel that supports a call or None, why the others before it do not)."""
+        rejected = []
+        for kind in self._kernels:
+            supports = self._load(kind)[1]
+            reason = None if supports is None else supports(*args)
+            if reason is None:
+                return kind, rejected
+            rejected.append(reason if len(self._kernels) == 1 else f"{kind}: {reason}")
+        return None, rejected
+
+    def _kernels_rejection(self, *args):
+        kind, rejected = self._kernel_of(args)
+        return None if kind is not None else "; ".join(rejected)
+
+    def _run_first_kernel(self, *args, **kwargs):
+        return self._load(self._kernel_of(args)[0])[0](*args, **kwargs)
+
+    def module(self, implementation, args=None):
+        """The module that holds an implementation; of an emulated one the kernels that would take a call, if given."""
+        if implementation == "emulate":
+            found = None if args is None else self._kernel_of(args)[0]
+            implementation = found or self._kernels[-1]
+        name = implementation if implementation == "reference" else f"_{implementation}"
         return importlib.import_module(f"{self.package}.{name}")
 
 

@@ -1,4 +1,4 @@
-"""Divert Triton's own launches, ``kernel[grid](...)``, to a function of ours for the length of a block.
+"""Divert launches, Triton's own ``kernel[grid](...)`` and ours of CUDA kernels, to a function for a block of code.
 
 So a launcher that was written for a GPU runs unchanged: with its own checks, tiles and strides.
 """
@@ -14,9 +14,16 @@ _originals = {}  # of each kind of kernel its own `run`, while some block is ope
 _open_blocks = 0
 
 
+def handler():
+    """What takes this thread's launches, or None."""
+    return _handler.get()
+
+
 @contextlib.contextmanager
 def diverted(handler):
     """Every launch that this thread makes in the block is ``handler(kernel, grid, arguments, keywords)``.
+
+    A kernel is Triton's or a `cuda.Kernel`; keywords of the latter are block, shared and cluster.
 
     It gives None then, as in Triton's interpreter, where it would give the compiled kernel.
     """

@@ -18,8 +18,15 @@ def rejection(device):
     return build.missing()
 
 
+def encode_tiled(tensor, box, swizzle):
+    """A tensor map for a diverted launch."""
+    from fusedops.testing.ptx.tensors import encode_tiled
+
+    return encode_tiled(tensor, box, swizzle=swizzle)
+
+
 def emulated(function):
-    """A function of a Triton implementation as it is, except that what it launches runs compiled on the CPU."""
+    """A function of a Triton or CUDA implementation as it is, except that what it launches runs compiled on the CPU."""
     from fusedops.testing.ptx.launches import diverted
 
     @functools.wraps(function)

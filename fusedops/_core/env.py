@@ -11,7 +11,7 @@ VARIABLES = {
     "FUSEDOPS_BACKEND": (
         ("auto", "triton", "cuda", "torch", "reference", "emulate"),
         "Forces one implementation for every operator; one that cannot run raises with the reason. `emulate` runs the "
-        "Triton kernels on CPU tensors as they are compiled for a GPU, instruction by instruction.",
+        "Triton and CUDA kernels on CPU tensors as they are compiled for a GPU, instruction by instruction.",
     ),
     "FUSEDOPS_FALLBACK": (
         ("warn", "raise", "silent"),

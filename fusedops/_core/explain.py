@@ -117,7 +117,7 @@ def operator_call(function, *args, **kwargs):
 def _explanation(op, operator, args, limits):
     backend, rejected = operator.select(args, limits)
     config = source = key = None
-    describe = getattr(operator.module(backend), "config", None)
+    describe = getattr(operator.module(backend, args), "config", None)
     device_limits = limits or limits_of(args[0].device)
     if describe is not None:
         with observed() as choices:

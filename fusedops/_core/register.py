@@ -156,9 +156,9 @@ class Operator:
         """The function that launches the operator's kernels."""
         return self._selector.entry("triton")[0]
 
-    def module(self, implementation):
-        """The module of an implementation."""
-        return self._selector.module(implementation)
+    def module(self, implementation, args=None):
+        """The module of an implementation; of an emulated one that of the kernels that would take a call, if given."""
+        return self._selector.module(implementation, args)
 
 
 def _places(schema, names):

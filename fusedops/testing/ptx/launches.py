@@ -1,8 +1,9 @@
-"""Divert Triton's own launches, ``kernel[grid](...)``, to the emulator for the length of a block."""
+"""Divert launches, Triton's ``kernel[grid](...)`` and those of CUDA kernels, to the emulator for a block of code."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from contextvars import ContextVar
 
 from fusedops._core import diversion
@@ -20,8 +21,12 @@ def diverted(defaults=None, **options):
     options = {**(defaults or {}), **(_options.get() or {}), **options}
 
     def emulate(kernel, grid, arguments, keywords):
+        from fusedops._core.cuda import Kernel
         from fusedops.testing import ptx
 
+        if isinstance(kernel, Kernel):
+            arguments = [bytes(one) if isinstance(one, ctypes._SimpleCData) else one for one in arguments]
+            kernel, keywords = kernel.ptx(), {"kernel_name": kernel.symbol, **keywords}
         ptx.run(kernel, grid, *arguments, **options, **keywords)
 
     token = _options.set(options)
