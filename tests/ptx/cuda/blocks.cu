@@ -1,5 +1,5 @@
 // Work that blocks share through global memory: counters, and a sum that the last block takes.
-#include "ptx.cuh"
+#include "kernels.cuh"
 
 namespace {
 
@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
     __shared__ float a_smem[TILE][TILE], b_smem[TILE][TILE];
     __shared__ bool last;
     int col = blockIdx.x * TILE + threadIdx.x, row = blockIdx.y * TILE + threadIdx.y;
-    int part_k = cdiv(cdiv(K, TILE), gridDim.z) * TILE, begin = blockIdx.z * part_k, end = min(K, begin + part_k);
+    int part_k = cdiv(cdiv(K, TILE), (int)gridDim.z) * TILE, begin = blockIdx.z * part_k, end = min(K, begin + part_k);
     float sum = 0;
 #pragma unroll 1
     for (int k = begin; k < end; k += TILE) {

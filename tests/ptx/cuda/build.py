@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+LIBRARY = FOLDER.parents[2] / "csrc" / "cuda"
+HEADERS = [FOLDER / "kernels.cuh", *(LIBRARY / f"{name}.cuh" for name in ("common", "ptx", "wgmma"))]
 NVCC_RELEASE = "13.0"
 TARGETS = {  # source to the targets that it is compiled for
     "blocks": ["sm_80"],
@@ -34,7 +36,7 @@ def ptx_path(source, target):
 def fingerprint(source):
     """Of a source and the headers."""
     digest = hashlib.sha256()
-    for path in (FOLDER / f"{source}.cu", FOLDER / "ptx.cuh", FOLDER / "wgmma.cuh"):
+    for path in (FOLDER / f"{source}.cu", *HEADERS):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,5 +1,5 @@
 // Bulk copies without a tensor map: in by mbarrier, out in bulk groups, as a store and as a sum.
-#include "ptx.cuh"
+#include "kernels.cuh"
 
 namespace {
 

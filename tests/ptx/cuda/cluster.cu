@@ -1,6 +1,6 @@
 // Blocks of a cluster that work together: a vector that all of them need comes once, by multicast, and a sum over
 // all of them is taken from each other's shared memory. For clusters of 1, 2 or 4 blocks.
-#include "ptx.cuh"
+#include "kernels.cuh"
 
 namespace {
 

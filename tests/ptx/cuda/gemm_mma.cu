@@ -1,6 +1,6 @@
 // out[M, N] = a[M, K] @ b[N, K]^T with mma.sync: blocks of 64 x 64, four warps of 32 x 32, two stages of cp.async.
 // K is cut by bytes, so one kernel serves every operand type: 64 bytes a stage, 32 bytes an instruction.
-#include "ptx.cuh"
+#include "kernels.cuh"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // out[M, N] = a[M, K] @ b[K, N]: a goes from global memory to registers, b is MN-major (its rows are along N).
 // One warpgroup, blocks of 64 x 128 x 64. M is a multiple of 64, N of 128, K of 64.
-#include "wgmma.cuh"
+#include "kernels.cuh"
 
 namespace {
 

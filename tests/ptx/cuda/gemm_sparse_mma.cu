@@ -1,6 +1,6 @@
 // out[M, N] = a[M, K] @ b[N, K]^T, of a only two in each four neighbours are not zero (mma.sp): blocks of 64 x 64 x 64.
 // M and N are multiples of 64, K of 64.
-#include "ptx.cuh"
+#include "kernels.cuh"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // out[M, N] = a[M, K] @ b[N, K]^T, of a only two in each four neighbours are not zero (wgmma.sp): one warpgroup,
 // blocks of 64 x 64 x 128. M and N are multiples of 64, K of 128.
-#include "wgmma.cuh"
+#include "kernels.cuh"
 
 namespace {
 

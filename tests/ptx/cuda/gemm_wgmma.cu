@@ -1,6 +1,6 @@
 // out[M, N] = a[M, K] @ b[N, K]^T with wgmma: blocks of 128 x 64, a producer that drives TMA and two consumer
 // warpgroups of 64 x 64, three stages. K is cut by bytes: 128 bytes a stage, 32 bytes an instruction.
-#include "wgmma.cuh"
+#include "kernels.cuh"
 
 namespace {
 
@@ -72,7 +72,7 @@ template <class Op>
 DEVICE void gemm(const TensorMap* a_map, const TensorMap* b_map, typename Op::Acc* out_ptr, int M, int N, int K) {
     extern __shared__ __align__(1024) u8 smem[];
     Pipeline pipeline{shared_address(smem)};
-    int num_tiles = cdiv(K * sizeof(typename Op::In), ROW_BYTES);
+    int num_tiles = cdiv(K * (int)sizeof(typename Op::In), ROW_BYTES);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < NUM_STAGES; stage++) {
             mbarrier_init(pipeline.full(stage), 1);

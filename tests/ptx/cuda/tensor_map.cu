@@ -1,5 +1,5 @@
 // Tensor maps made on the device: each block has rows of its own length and clips at their end by its own map.
-#include "wgmma.cuh"
+#include "kernels.cuh"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Work inside a warp where not all lanes take part, and between warps by named barriers.
-#include "ptx.cuh"
+#include "kernels.cuh"
 
 namespace {
 
