@@ -181,7 +181,7 @@ BUGS = {
     "wrong swizzle": Bug(lambda: problems.gemm_mma(64, 64, 64), ((r"xor\.b32", "or.b32", 2),), None),
     "metadata rows swapped": Bug(
         lambda: problems.gemm_sparse_mma(64, 64, 64),
-        ((r"(mma\.sp.*), (%r\d+), 0x0;", r"{ .reg .b32 e; prmt.b32 e, \2, 0, 0x1032; \1, e, 0x0; }", None),), None,
+        ((r"(mma\.sp.*), (%r\d+), 0;", r"{ .reg .b32 e; prmt.b32 e, \2, 0, 0x1032; \1, e, 0; }", None),), None,
     ),
     "metadata rows swapped, wgmma": Bug(
         lambda: problems.gemm_sparse_wgmma(64, 64, 128),
