@@ -122,7 +122,7 @@ def test_processors_that_saturate_are_found_out():
     """Without VNNI `torch._int_mm` adds pairs of products in 16 bits: wrong at 127 * 127. We are exact there too."""
     code = """
 import torch, fusedops
-from fusedops.ops.scaled_matmul._torch import int_mm_is_exact
+from fusedops._core.int_mm import int_mm_is_exact
 one, worst = torch.tensor(1.0), {}
 for x, y in ((127, 127), (127, -128), (-128, -128)):
     a, b = torch.full((5, 1500), x, dtype=torch.int8), torch.full((33, 1500), y, dtype=torch.int8)

@@ -82,7 +82,7 @@ def _places_of_patterns():
         others = [place for place in range(4) if place not in wanted]
         first, second = sorted((wanted + others)[:2])
         table.append(first | second << 2 if len(wanted) <= 2 else TOO_MANY)
-    return torch.tensor(table, dtype=torch.uint8)
+    return torch.tensor(table, dtype=torch.uint8, device="cpu")  # whatever the default device is
 
 
 def _chunks(N, K):

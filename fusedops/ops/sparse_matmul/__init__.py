@@ -42,11 +42,11 @@ def sparse_matmul(a, values, metadata, *, scale_a=None, scale_b=None, bias=None,
         ValueError: a shape, stride, device or option does not fit; with FUSEDOPS_VALIDATE=2 also metadata with places
             that are not in order, and scales that are not finite and above 0.
         TypeError: a dtype is not one of the above.
-        NotImplementedError: K > MAX_K_INT8 of int8, where sums are still far from leaving int32; a size > MAX_SIZE.
+        NotImplementedError: K > MAX_K_INT8 of int8; a size > MAX_SIZE.
 
     Numerics: sums of int8 are exact. Sums of the others are in float32, of float32 with float32 products. Scales, first
-        scale_a, bias and activation follow in float32, rounded once at the end. What is stored as a zero is not
-        multiplied: NaN and infinity of a do not reach a result through it on kernels, and may on a CPU.
+        scale_a, bias and activation follow in float32, rounded once at the end. NaN and infinity of a
+        may reach a result through a zero of the weight, or not.
     Runs on: elsewhere than on CUDA 8.0 and newer torch, with some rows of the weight decompressed at a time.
     From: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, https://arxiv.org/abs/2104.08378
     """
