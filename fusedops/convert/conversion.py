@@ -1,18 +1,21 @@
-"""Making the quantised modules of a model, one after the other, and the report on them."""
+"""Making the quantised or sparse modules of a model, one after the other, and the report on them."""
 
 import torch
+from torch import nn
 from torch.nn import Parameter
 
 from fusedops._core.codes import scale_of
-from fusedops.convert.handle import Changed, QuantizedModel, Swap, replace_all
+from fusedops.convert.handle import Changed, QuantizedModel, SparsifiedModel, Swap, replace_all
 from fusedops.convert.norms import Norm
 from fusedops.convert.report import Report, Row
-from fusedops.convert.schemes import num_bytes
+from fusedops.convert.schemes import num_bytes, plain_weight, stored_tensors
 
-SHARED = {"weight", "weight_scale", "weight_zero"}  # parameters that linears with one weight have in common
+# parameters that linears with one weight have in common
+SHARED = {"weight", "weight_scale", "weight_zero", "metadata"}
+HANDLES = {"quantized": QuantizedModel, "sparsified": SparsifiedModel}
 
 
-def convert_all(model, scheme, selection, found, static, step, keep, plain=None):
+def convert_all(model, scheme, selection, *, found=None, static=False, pruning=None, step=None, keep=False, plain=None):
     """Replace the selected linears, all or none.
 
     Args:
@@ -20,23 +23,24 @@ def convert_all(model, scheme, selection, found, static, step, keep, plain=None)
         selection: What `select.select` gave.
         found: Calibration, or None.
         static: Give every module the one scale of its inputs that `found` has.
+        pruning: Pruning, or None where the weights are what the scheme wants.
         step: Is called after each linear.
         keep: As in `quantize_`.
         plain: {linear: the module that `undo` puts back in its place}; None for the linears themselves.
 
     Returns:
-        `QuantizedModel`
+        `QuantizedModel` or `SparsifiedModel`
     """
     before = model_bytes(model)
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
-    work = _Conversion(scheme, found, static, step)
+    work = _Conversion(scheme, found, static, pruning, step)
     swaps = replace_all(work.conversions(selection.targets), work.changed)
     rows = sorted(selection.rows + work.rows, key=lambda row: order[row.path])
     smoothing = [] if found is None else [fold.row("folded") for fold in found.folds] + found.rows
     for swap in swaps:
         swap.old = swap.old if plain is None else plain[swap.old]
     report = Report(scheme.name, rows, smoothing, selection.unmatched, before, model_bytes(model))
-    return QuantizedModel(model, swaps, work.changed, report, keep)
+    return HANDLES[scheme.status](model, swaps, work.changed, report, keep)
 
 
 class _Conversion:
@@ -47,10 +51,10 @@ class _Conversion:
         rows: A Row for each linear that is done.
     """
 
-    def __init__(self, scheme, found, static, step):
+    def __init__(self, scheme, found, static, pruning, step):
         self.changed = Changed()
         self.rows = []
-        self._scheme, self._found, self._static, self._step = scheme, found, static, step
+        self._scheme, self._found, self._static, self._pruning, self._step = scheme, found, static, pruning, step
         self._columns, self._divisors = {}, {}
         self._made = {}
 
@@ -62,7 +66,8 @@ class _Conversion:
             new = self._convert(target)
             self._made[target] = new
             yield Swap(target.path, target.places, target.linear, new)
-            self._step()
+            if self._step is not None:
+                self._step()
 
     def _move_factors(self, fold):
         """Divide a norm by its factors, or note them for the rows of a linear; and for the consumers' columns."""
@@ -76,46 +81,51 @@ class _Conversion:
             self._columns[target] = fold.columns(fold.factors).to(target.linear.weight.device)
 
     def _convert(self, target):
-        linear, module = target.linear, self._scheme.module
-        weight = linear.weight.detach()
+        linear = target.linear
+        weight = plain_weight(linear)
         N, K = weight.shape
         columns, divisors = self._columns.get(target), self._divisors.get(target)
         if columns is not None:
             weight = weight.float() * columns
         if divisors is not None:
             weight = weight.float() / divisors[:, None]
-        options = {**self._scheme.options, **({"static_input": True} if self._static else {})}
+        module, options = self._scheme.module_for(linear)
+        options = {**options, **({"static_input": True} if self._static else {})}
         new = module(K, N, linear.bias is not None, "meta", linear.weight.dtype, **options)
         if target.twin is None:
-            stored = module.quantize_weight(weight, **options)
-            stored = {name: Parameter(tensor, requires_grad=False) for name, tensor in stored.items()}
+            new.take(module.quantize_weight(self._pruned(target, weight), **options))
         else:
-            stored = {name: p for name, p in self._made[target.twin]._parameters.items() if name in SHARED}
-        for name, parameter in stored.items():
-            setattr(new, name, parameter)
+            twin = self._made[target.twin]
+            new.take({name: p for name, p in twin._parameters.items() if name in SHARED})
+            new._buffers.update(twin._buffers)
         if linear.bias is not None:
             new.bias = linear.bias if divisors is None else _divided(linear.bias, divisors)
         if self._static:
             largest = self._found.observed[target].largest
             largest = (largest if columns is None else largest / columns.to(largest.device)).max()
             new.input_scale = Parameter(scale_of(largest, new.weight.dtype).to(weight.device), requires_grad=False)
-        self.rows.append(self._row(target, weight, new, stored.values()))
+        self.rows.append(self._row(target, weight, new))
         return new.train(linear.training)
 
-    def _row(self, target, weight, new, stored):
-        linear = target.linear
+    def _pruned(self, target, weight):
+        return weight if self._pruning is None else self._pruning.pruned(target)
+
+    def _row(self, target, weight, new):
         is_counted = target.twin is None
-        difference = new.dequantize(torch.float32).sub_(weight)
+        stored = new.dequantize(torch.float32)
+        pruned = {} if self._pruning is None else self._pruning.figures(target, weight, stored)
         norm = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+        error = float(torch.linalg.vector_norm(stored.sub_(weight)))
         return Row(
             target.path,
-            "Linear",
-            tuple(linear.weight.shape),
-            "quantized",
+            "Linear" if isinstance(target.linear, nn.Linear) else type(target.linear).__name__,
+            tuple(weight.shape),
+            self._scheme.status,
             self._scheme.name,
-            bytes_before=num_bytes([linear.weight]) if is_counted else 0,
-            bytes_after=num_bytes(stored) if is_counted else 0,
-            error=float(torch.linalg.vector_norm(difference)) / norm if norm else 0.0,
+            bytes_before=num_bytes(stored_tensors(target.linear)) if is_counted else 0,
+            bytes_after=num_bytes(stored_tensors(new)) if is_counted else 0,
+            error=error / norm if norm else 0.0,
+            **pruned,
         )
 
 

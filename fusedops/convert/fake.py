@@ -1,12 +1,11 @@
 """Quantisation-aware training: linears that compute what they will compute once they are quantised."""
 
-from dataclasses import replace
-
-from fusedops.convert.conversion import convert_all, model_bytes
-from fusedops.convert.handle import Changed, Swap, check_in_place, replace_all
+from fusedops.convert.conversion import model_bytes
+from fusedops.convert.handle import Changed, Swap, replace_all
 from fusedops.convert.report import Report, Row
 from fusedops.convert.schemes import find_scheme, num_bytes
-from fusedops.convert.select import DEFAULT_SKIP, Selection, check_finite, select
+from fusedops.convert.select import DEFAULT_SKIP, select
+from fusedops.convert.training import ModelInTraining
 from fusedops.nn import FakeQuantizedLinear
 
 OP = "fake_quantize_"
@@ -45,81 +44,11 @@ def fake_quantize_(model, scheme, *, skip=DEFAULT_SKIP, group_size=None):
     return FakeQuantizedModel(model, scheme, selection, swaps, report)
 
 
-class FakeQuantizedModel:
-    """What `fusedops.fake_quantize_` returns; as a context manager it undoes it at the end, unless it was converted.
+class FakeQuantizedModel(ModelInTraining):
+    """What `fusedops.fake_quantize_` returns: a `ModelInTraining`, whose conversion computes the same, with ``==``."""
 
-    Attributes:
-        model: The model.
-        report: The `Report`; sizes are those of now, there are no errors yet.
-    """
-
-    def __init__(self, model, scheme, selection, swaps, report):
-        self.model = model
-        self.report = report
-        self._scheme = scheme
-        self._selection = selection
-        self._swaps = swaps
-        self._is_converted = False
-
-    def convert(self, *, keep=False):
-        """Put quantised modules in, which compute what the model computes now, with ``==``.
-
-        Args:
-            keep: As in `quantize_`; `undo` of the new handle puts plain linears back, with the trained weights.
-
-        Returns:
-            `QuantizedModel`, whose handle takes this one's place.
-
-        Raises:
-            ValueError: a weight holds NaN or infinity.
-            RuntimeError: it was converted or undone before, or something else has replaced a module since. Nothing is
-                changed then.
-        """
-        self._check("convert")
-        fakes = {}
-        for target, swap in zip(self._selection.targets, self._swaps, strict=True):
-            twin = fakes.get(target.twin)
-            is_shared = twin is not None and twin.linear.weight is swap.new.weight
-            fakes[target] = replace(target, linear=swap.new, twin=twin if is_shared else None)
-        check_finite("convert", fakes.values())
-        selection = Selection(list(fakes.values()), self._selection.rows, self._selection.unmatched)
-        plain = {swap.new: swap.old for swap in self._swaps}
-        for fake, linear in plain.items():
-            linear.weight, linear.bias = fake.weight, fake.bias
-        handle = convert_all(self.model, self._scheme, selection, None, False, lambda: None, keep, plain)
-        self._swaps, self._is_converted = [], True
-        return handle
-
-    def undo(self):
-        """Put the original modules back, with the weights as they are now; once undone, a no-op.
-
-        Raises:
-            RuntimeError: the model was converted, or something else has replaced a module since. Nothing is undone
-                then.
-        """
-        if self._is_converted:
-            raise RuntimeError("undo: the model was converted; undo that, with the handle that convert() returned")
-        check_in_place("undo", self._swaps)
-        for swap in self._swaps:
-            swap.old.weight, swap.old.bias = swap.new.weight, swap.new.bias
-            swap.old.train(swap.new.training)
-            swap.revert()
-        self._swaps = []
-
-    def _check(self, op):
-        if not self._swaps:
-            raise RuntimeError(f"{op}: the model must be fake-quantised, but it was converted or undone before")
-        check_in_place(op, self._swaps)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if not self._is_converted:
-            self.undo()
-
-    def __repr__(self):
-        return f"<FakeQuantizedModel of {type(self.model).__name__}: {len(self._swaps)} linears, {self._scheme.name}>"
+    BEING = "fake-quantised"
+    DONE = "quantised"
 
 
 def _fake(target, scheme):

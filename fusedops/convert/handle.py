@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fusedops._core.modules import foreign_attribute
+from fusedops.convert.schemes import stored_tensors
 from fusedops.nn import QuantizedLinear
 
 
@@ -58,15 +59,18 @@ class Changed:
         self._before = []
 
 
-class QuantizedModel:
-    """What `fusedops.quantize_` returns; with ``keep=True`` also a context manager, which undoes it at the end.
+class ConvertedModel:
+    """A model with other linears; where the float weights were kept also a context manager, which undoes it at the end.
 
-    A copy of the model is quantised like the model; this handle stays with the original.
+    A copy of the model is converted like the model; this handle stays with the original.
 
     Attributes:
         model: The model.
         report: The `Report`.
     """
+
+    OP = ""  # the function that gives it
+    DONE = ""  # what was done to the linears, for messages
 
     def __init__(self, model, swaps, changed, report, keep):
         self.model = model
@@ -80,7 +84,7 @@ class QuantizedModel:
                 swap.old = None
         elif keep == "cpu":
             for swap in swaps:
-                swap.old.weight.data = swap.old.weight.data.cpu()
+                _move(swap.old, torch.device("cpu"))
 
     def undo(self):
         """Put the original modules back, and the norms as they were, bit for bit; once undone, a no-op.
@@ -92,12 +96,10 @@ class QuantizedModel:
                 Nothing is undone then.
         """
         if not self._is_kept:
-            raise RuntimeError("undo: the float weights were dropped; pass keep=True to quantize_ to keep them")
-        check_in_place("undo", self._swaps)
+            raise RuntimeError(f"undo: the float weights were dropped; pass keep=True to {self.OP} to keep them")
+        check_in_place("undo", self._swaps, self.DONE)
         for swap in self._swaps:
-            weight, device = swap.old.weight, swap.new.weight.device
-            if weight.device != device:
-                weight.data = weight.data.to(device)
+            _move(swap.old, swap.new.weight.device)
             swap.old.train(swap.new.training)
             swap.revert()
         if self._changed is not None:
@@ -105,7 +107,7 @@ class QuantizedModel:
         self._swaps = []
 
     def dequantize(self, dtype=None):
-        """Put plain `torch.nn.Linear` modules in place of the quantised ones, with the weights their codes stand for.
+        """Put plain `torch.nn.Linear` modules in place of the converted ones, with the weights those stand for.
 
         Args:
             dtype: Of the weights; None is that of the module.
@@ -113,7 +115,7 @@ class QuantizedModel:
         Raises:
             RuntimeError: something else has replaced or patched a module since. Nothing is changed then.
         """
-        check_in_place("dequantize", self._swaps)
+        check_in_place("dequantize", self._swaps, self.DONE)
         plain = {}
         for swap in self._swaps:
             if not isinstance(swap.new, QuantizedLinear):
@@ -130,24 +132,51 @@ class QuantizedModel:
 
     def __enter__(self):
         if not self._is_kept:
-            raise RuntimeError("quantize_: as a context manager it needs keep=True, so that it can be undone")
+            raise RuntimeError(f"{self.OP}: as a context manager it needs keep=True, so that it can be undone")
         return self
 
     def __exit__(self, *exception):
         self.undo()
 
     def __repr__(self):
-        totals = self.report.totals
-        return f"<QuantizedModel of {type(self.model).__name__}: {totals['quantized']} linears, {self.report.scheme}>"
+        number = f"{len(self.report.converted)} linears, {self.report.scheme}"
+        return f"<{type(self).__name__} of {type(self.model).__name__}: {number}>"
 
 
-def check_in_place(op, swaps):
-    """Raise RuntimeError where something else has replaced a module since, or its forward, as `fusedops.patch` does."""
+class QuantizedModel(ConvertedModel):
+    """What `fusedops.quantize_` returns: a `ConvertedModel`."""
+
+    OP = "quantize_"
+    DONE = "quantised"
+
+
+class SparsifiedModel(ConvertedModel):
+    """What `fusedops.sparsify_` returns: a `ConvertedModel`; `dequantize` leaves the dropped weights at 0."""
+
+    OP = "sparsify_"
+    DONE = "sparsified"
+
+
+def check_in_place(op, swaps, done):
+    """Raise RuntimeError where something else has replaced a module since, or its forward, as `fusedops.patch` does.
+
+    Args:
+        op: Who asks, for the message.
+        swaps: Swaps that were applied.
+        done: What they did, for the message.
+    """
     for swap in swaps:
         if not swap.is_in_place():
-            raise RuntimeError(f"{op}: {swap.path} was replaced after it was quantised; undo that first")
+            raise RuntimeError(f"{op}: {swap.path} was replaced after it was {done}; undo that first")
         if foreign_attribute(swap.new) is not None:
-            raise RuntimeError(f"{op}: {swap.path} was patched after it was quantised; undo that first")
+            raise RuntimeError(f"{op}: {swap.path} was patched after it was {done}; undo that first")
+
+
+def _move(linear, device):
+    """Move what holds a linear's weight; its bias may be that of the module in its place."""
+    for tensor in stored_tensors(linear):
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
 
 
 def replace_all(conversions, changed):

@@ -5,6 +5,7 @@ from fusedops.convert.conversion import convert_all
 from fusedops.convert.schemes import find_scheme
 from fusedops.convert.select import DEFAULT_SKIP, select
 from fusedops.convert.smooth import SEARCHES, Calibration
+from fusedops.nn import Sparse24Linear
 
 OP = "quantize_"
 
@@ -17,7 +18,8 @@ def quantize_(
 
     Every `torch.nn.Linear` itself is replaced. Those of a class derived from it, with hooks, with a weight that an
     embedding uses too, of other dtypes, or too small to gain, stay and stand in the report with the reason. Linears
-    that share a weight share its codes.
+    that share a weight share its codes. Of linears that `sparsify_` has made ``"int8"`` and ``"fp8"`` quantise what was
+    kept; the other schemes leave them as they are.
 
     With `calibration`, factors of single channels move from activations with outliers into the weights (SmoothQuant):
     out of the weight of the norm before a linear, out of the rows of up_proj for down_proj, and out of those of v_proj
@@ -57,18 +59,20 @@ def quantize_(
     """
     scheme = find_scheme(OP, scheme, group_size)
     _check_options(scheme, calibration, smoothing, static, keep, progress)
-    selection = select(OP, model, scheme, skip)
+    selection = select(OP, model, scheme, skip, takes_sparse=True)
     targets = selection.targets
     batches = [] if calibration is None else checked_batches(OP, calibration)
     searches = SEARCHES if batches and smoothing is not None else 0
-    step = _Progress(progress, len(batches) + searches + len(targets))
+    step = Progress(progress, len(batches) + searches + len(targets))
     found = Calibration(model, targets, batches, step, smoothing) if batches else None
     if static:
-        _check_reached(found)
-    return convert_all(model, scheme, selection, found, static, step, keep)
+        _check_static(found)
+    return convert_all(model, scheme, selection, found=found, static=static, step=step, keep=keep)
 
 
-class _Progress:
+class Progress:
+    """Counts steps, and tells a callback of each how many of how many are done."""
+
     def __init__(self, callback, total):
         self.callback, self.done, self.total = callback, 0, total
 
@@ -86,14 +90,22 @@ def _check_options(scheme, calibration, smoothing, static, keep, progress):
         raise ValueError(f"{OP}: smoothing must be None or from 0 to 1, got {smoothing!r}")
     if static and calibration is None:
         raise ValueError(f"{OP}: static must come with calibration, got none")
+    check_conversion_options(OP, keep, progress)
+
+
+def check_conversion_options(op, keep, progress):
+    """Raise where options that all conversions have are not of their kind."""
     if keep not in (False, True, "cpu"):
-        raise ValueError(f"{OP}: keep must be False, True or 'cpu', got {keep!r}")
+        raise ValueError(f"{op}: keep must be False, True or 'cpu', got {keep!r}")
     if progress is not None and not callable(progress):
-        raise TypeError(f"{OP}: progress must be callable, got {type(progress).__name__}")
+        raise TypeError(f"{op}: progress must be callable, got {type(progress).__name__}")
 
 
-def _check_reached(found):
+def _check_static(found):
     for target, seen in found.observed.items():
+        if isinstance(target.linear, Sparse24Linear):
+            what = "of a 2:4 sparse linear each row has its own scale"
+            raise ValueError(f"{OP}: static must be False, {what}, got True with {target.path}")
         if seen.largest is None or not bool(seen.largest.isfinite().all()):
             what = "did not reach" if seen.largest is None else "gave NaN or infinity to"
             raise ValueError(f"{OP}: static must have a calibration for every linear; it {what} {target.path}")

@@ -12,11 +12,14 @@ class Row:
         path: Name of the module in the model; of one that stands at several places, the first.
         module: Name of its class.
         shape: [out_features, in_features].
-        status: quantized or skipped; trained, where its float weight is trained as if it were quantised.
+        status: quantized, sparsified or skipped; trained or masked, where its float weight is trained as if it were
+            quantised, or with the dropped weights at 0.
         scheme: The scheme; empty where it was skipped.
-        reason: Why it was skipped; empty where it was quantised.
+        reason: Why it was skipped; empty where it was not.
         bytes_before, bytes_after: Of the weight, with its scales. A weight that two modules share counts once.
-        error: ``|W - W'| / |W|``, Euclidean, of the weight and what the codes stand for; None without codes.
+        error: ``|W - W'| / |W|``, Euclidean, of the weight and what is stored; None while it is trained.
+        kept: ``|W'| / |W|`` of a pruned weight; None of others.
+        output_error: ``|(W - W') x| / |W x|`` of a pruned weight over the calibration's inputs; None without.
     """
 
     path: str
@@ -28,6 +31,8 @@ class Row:
     bytes_before: int = 0
     bytes_after: int = 0
     error: float | None = None
+    kept: float | None = None
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Smoothing:
 
 @dataclass
 class Report:
-    """Table of a quantised model; `str()` gives it as text.
+    """Table of a converted model; `str()` gives it as text.
 
     Attributes:
         scheme: Name of the scheme.
@@ -75,9 +80,24 @@ class Report:
         return [row for row in self.rows if row.status == "quantized"]
 
     @property
+    def sparsified(self):
+        """Rows of linears whose weights are stored compressed."""
+        return [row for row in self.rows if row.status == "sparsified"]
+
+    @property
+    def converted(self):
+        """Rows of linears that store something else than before."""
+        return [row for row in self.rows if row.status in ("quantized", "sparsified")]
+
+    @property
     def trained(self):
         """Rows of linears that compute as quantised ones while they are trained."""
         return [row for row in self.rows if row.status == "trained"]
+
+    @property
+    def masked(self):
+        """Rows of linears whose dropped weights stay 0 while they are trained."""
+        return [row for row in self.rows if row.status == "masked"]
 
     @property
     def skipped(self):
@@ -91,15 +111,17 @@ class Report:
 
     @property
     def totals(self):
-        """Number of linears by status, bytes of the quantised ones before and after, and the largest error."""
+        """Number of linears by status, bytes of the converted ones before and after, and the largest error."""
         return {
             "quantized": len(self.quantized),
+            "sparsified": len(self.sparsified),
             "trained": len(self.trained),
+            "masked": len(self.masked),
             "skipped": len(self.skipped),
             "folded": len(self.folded),
-            "bytes_before": sum(row.bytes_before for row in self.quantized),
-            "bytes_after": sum(row.bytes_after for row in self.quantized),
-            "largest_error": max((row.error for row in self.quantized), default=0.0),
+            "bytes_before": sum(row.bytes_before for row in self.converted),
+            "bytes_after": sum(row.bytes_after for row in self.converted),
+            "largest_error": max((row.error for row in self.converted), default=0.0),
             "model_bytes_before": self.model_bytes_before,
             "model_bytes_after": self.model_bytes_after,
         }
@@ -116,8 +138,11 @@ class Report:
 
     def __str__(self):
         lines = []
-        for title, rows in (("quantized", self.quantized), ("trained as if quantized", self.trained)):
-            lines += [title, *_quantized_lines(rows)] if rows else []
+        for title, rows in (
+            ("quantized", self.quantized), ("2:4 sparse", self.sparsified), ("trained as if quantized", self.trained),
+            ("trained with the dropped weights at 0", self.masked),
+        ):  # fmt: skip
+            lines += [title, *_converted_lines(rows)] if rows else []
         if self.skipped:
             lines += ["skipped", *_grouped(self.skipped, lambda row: (row.module, row.reason))]
         if self.folded:
@@ -128,7 +153,7 @@ class Report:
         if self.unmatched:
             lines.append(f"skip names nothing in the model: {', '.join(map(repr, self.unmatched))}")
         totals = self.totals
-        if self.quantized:
+        if self.converted:
             lines.append(
                 f"weights {_size(totals['bytes_before'])} -> {_size(totals['bytes_after'])}, "
                 f"model {_size(self.model_bytes_before)} -> {_size(self.model_bytes_after)}"
@@ -136,20 +161,28 @@ class Report:
         return "\n".join(lines)
 
 
-def _quantized_lines(rows):
-    """One line for all linears of the same name, shape and scheme, with their largest error."""
+def _converted_lines(rows):
+    """One line for all linears of the same name, shape and scheme, with the worst of their figures."""
     groups = {}
     for row in rows:
-        groups.setdefault((_kind(row.path), row.module, row.shape, row.scheme), []).append(row.error)
+        groups.setdefault((_kind(row.path), row.module, row.shape, row.scheme), []).append(row)
     width = max(len(name) for name, *_ in groups)
     return [
-        f"  {len(errors):5d} x {name:<{width}}  {module} {list(shape)} -> {scheme}{_largest(errors)}"
-        for (name, module, shape, scheme), errors in groups.items()
+        f"  {len(rows):5d} x {name:<{width}}  {module} {list(shape)} -> {scheme}{_worst(rows)}"
+        for (name, module, shape, scheme), rows in groups.items()
     ]
 
 
-def _largest(errors):
-    return "" if None in errors else f", error at most {max(errors):.2%}"
+def _worst(rows):
+    """What was lost at most; of pruned weights, whose norm tells the error, what was kept at least."""
+    kept, errors, of_outputs = ([getattr(row, name) for row in rows] for name in ("kept", "error", "output_error"))
+    text = ""
+    if None not in kept:
+        text += f", kept at least {min(kept):.2%} of the norm"
+    elif None not in errors:
+        text += f", error at most {max(errors):.2%}"
+    reached = [error for error in of_outputs if error is not None]
+    return text + (f", error of outputs at most {max(reached):.2%}" if reached else "")
 
 
 def _grouped(rows, texts, arrow="-"):

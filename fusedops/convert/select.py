@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from fusedops._core.modules import foreign_attribute
 from fusedops.convert.report import Row
-from fusedops.nn import QuantizedLinear
+from fusedops.nn import QuantizedLinear, Sparse24Linear
 
 DEFAULT_SKIP = ("lm_head",)  # a model need not have one
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,7 +48,7 @@ class Selection:
     unmatched: tuple = ()
 
 
-def select(op, model, scheme, skip):
+def select(op, model, scheme, skip, layers=None, takes_sparse=False):
     """Find the linears that `scheme` can replace.
 
     Args:
@@ -56,20 +56,24 @@ def select(op, model, scheme, skip):
         model: A module.
         scheme: A Scheme.
         skip: Names, last parts of names, or patterns of `fnmatch`, of linears or of modules around them.
+        layers: The same, of what is taken; None takes all.
+        takes_sparse: Whether 2:4 sparse layers of float values are linears to replace.
 
     Raises:
-        TypeError: model is not a module, or skip does not hold strings.
-        ValueError: model is itself a linear, nothing is left to replace, or a weight that would be replaced is on the
-            meta device or holds NaN or infinity.
+        TypeError: model is not a module, or skip or layers do not hold strings.
+        ValueError: model is itself a linear, nothing is left to replace, an entry of layers names no linear, or a
+            weight that would be replaced is on the meta device or holds NaN or infinity.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.Linear):
         raise ValueError(f"{op}: model must hold its linears as children, got a {type(model).__name__} itself")
-    skip = _checked_skip(op, skip)
+    skip = _checked_names(op, "skip", skip)
     linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     named, unmatched = _named_in_skip(model, skip)
-    reasons = {id(m): named.get(id(m)) or obstacle(m, scheme) for _, m in linears}
+    if layers is not None:
+        named = _not_in_layers(op, model, linears, _checked_names(op, "layers", layers)) | named
+    reasons = {id(m): named.get(id(m)) or obstacle(m, scheme, takes_sparse) for _, m in linears}
     owners = parameter_owners(model)
     for _, linear in linears:
         reasons[id(linear)] = reasons[id(linear)] or _tied_elsewhere(linear, owners, reasons)
@@ -90,11 +94,15 @@ def select(op, model, scheme, skip):
     return selection
 
 
-def obstacle(linear, scheme):
+def obstacle(linear, scheme, takes_sparse=False):
     """Why a linear is not replaced, or None: its class, what hangs on it, or its weight."""
     if isinstance(linear, QuantizedLinear):
-        return "quantised already"
-    if type(linear) is not nn.Linear:
+        is_sparse = isinstance(linear, Sparse24Linear)
+        if is_sparse and not takes_sparse:
+            return "2:4 sparse already"
+        if not is_sparse or linear.options["format"] is not None:
+            return "quantised already"
+    elif type(linear) is not nn.Linear:
         return "a subclass of torch.nn.Linear"
     if "_hf_hook" in vars(linear):
         return "accelerate's hook is on it"
@@ -132,17 +140,29 @@ def parameter_owners(model):
     return owners
 
 
-def _checked_skip(op, skip):
-    if isinstance(skip, str):
-        skip = (skip,)
+def _checked_names(op, argument, names):
+    if isinstance(names, str):
+        names = (names,)
     try:
-        skip = tuple(skip)
+        names = tuple(names)
     except TypeError:
-        raise TypeError(f"{op}: skip must hold names, got {type(skip).__name__}") from None
-    for entry in skip:
+        raise TypeError(f"{op}: {argument} must hold names, got {type(names).__name__}") from None
+    for entry in names:
         if not isinstance(entry, str):
-            raise TypeError(f"{op}: skip must hold names, got {entry!r}")
-    return skip
+            raise TypeError(f"{op}: {argument} must hold names, got {entry!r}")
+    return names
+
+
+def _not_in_layers(op, model, linears, layers):
+    """{id of a linear: reason} of those that `layers` do not name, themselves or a module around them."""
+    known, named = {id(linear) for _, linear in linears}, set()
+    for entry in layers:
+        around = [m for path, m in model.named_modules(remove_duplicate=False) if path and _matches(path, entry)]
+        found = {id(below) for module in around for below in module.modules()} & known
+        if not found:
+            raise ValueError(f"{op}: layers must name linears or modules around them, got {entry!r}, which names none")
+        named |= found
+    return dict.fromkeys(known - named, "not named in layers")
 
 
 def _named_in_skip(model, skip):
@@ -162,10 +182,10 @@ def _matches(path, entry):
 
 def _tied_elsewhere(linear, owners, reasons):
     """Why a weight that others hold too is left alone: one of them is not replaced."""
-    if type(linear) is not nn.Linear:
+    if type(linear) not in (nn.Linear, Sparse24Linear):
         return None
     for path, owner in owners[id(linear.weight)]:
-        is_weight = type(owner) is nn.Linear and owner.weight is linear.weight and path.endswith("weight")
+        is_weight = type(owner) is type(linear) and owner.weight is linear.weight and path.endswith("weight")
         if not is_weight or reasons[id(owner)] is not None:
             return f"its weight is also {path}"
     return None

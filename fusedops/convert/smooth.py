@@ -9,6 +9,7 @@ from fusedops.convert.calibrate import hooked, observe, run
 from fusedops.convert.channels import find_products
 from fusedops.convert.norms import Norm, find_norms
 from fusedops.convert.report import Smoothing
+from fusedops.convert.schemes import plain_weight
 from fusedops.convert.select import Target, parameter_owners
 
 MAX_FACTOR = 2.0**10  # beyond its mean: a float16 activation keeps half its range
@@ -98,7 +99,7 @@ class Calibration:
             device = fold.consumers[0].linear.weight.device
             x, w = torch.zeros(size, device=device), torch.zeros(size, device=device)
             for consumer in fold.consumers:
-                weights = consumer.linear.weight.detach().abs().amax(0).float()
+                weights = plain_weight(consumer.linear).abs().amax(0).float()
                 x = torch.maximum(x, _by_channel(self.observed[consumer].largest.to(device), fold.channels, size))
                 w = torch.maximum(w, _by_channel(weights.to(device), fold.channels, size))
             usable = (x > 0) & (w > 0)

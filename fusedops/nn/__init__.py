@@ -1,9 +1,11 @@
-"""Modules with torch's names, constructors and state dicts, and our operators inside; and quantised linear layers."""
+"""Modules with torch's names, constructors and state dicts, and our operators inside; quantised and sparse linears."""
 
 from fusedops.nn.fake_quantized_linear import FakeQuantizedLinear
+from fusedops.nn.masked_24_linear import Masked24Linear
 from fusedops.nn.modules import LayerNorm, RMSNorm
 from fusedops.nn.quantized_linear import QuantizedLinear
 from fusedops.nn.scaled_linear import Fp8Linear, Int8Linear
+from fusedops.nn.sparse_24_linear import Sparse24Linear
 from fusedops.nn.weight_only_linear import WeightOnlyLinear
 
 __all__ = [
@@ -11,7 +13,9 @@ __all__ = [
     "Fp8Linear",
     "Int8Linear",
     "LayerNorm",
+    "Masked24Linear",
     "QuantizedLinear",
     "RMSNorm",
+    "Sparse24Linear",
     "WeightOnlyLinear",
 ]

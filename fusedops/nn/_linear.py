@@ -3,7 +3,10 @@
 import torch
 
 from fusedops._core import checks, env
+from fusedops.ops.compress_24 import decompress_24
 from fusedops.ops.weight_only_matmul.reference import dequantized
+
+STORED = ("weight", "weight_scale", "weight_zero", "metadata")  # what a layer may have in place of a weight
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
@@ -98,9 +101,13 @@ def keeping_dtypes(fn, tensors):
 
 def dequantized_weight(parameters, in_features, dtype):
     """The weight ``[N, K]`` that parameters of a quantised layer stand for, computed in float32 and rounded once."""
-    codes, scale = parameters["weight"].detach()[0], parameters["weight_scale"].detach()
-    zero = parameters.get("weight_zero")
-    return dequantized(codes, scale, zero, in_features, torch.float32).to(dtype)
+    codes, scale = parameters["weight"].detach()[0], parameters.get("weight_scale")
+    metadata = parameters.get("metadata")
+    if metadata is not None:
+        codes = decompress_24(codes, metadata.detach(), in_features=in_features)
+    if scale is None:
+        return codes.to(dtype)
+    return dequantized(codes, scale.detach(), parameters.get("weight_zero"), in_features, torch.float32).to(dtype)
 
 
 def differentiable(target, x, weight, parameters):
@@ -116,8 +123,8 @@ def differentiable(target, x, weight, parameters):
         out, values, scale = target.compute(x, parameters)
     if weight is None:
         values = scale = None  # which its gradient alone needs
-    codes = parameters["weight"], parameters["weight_scale"], parameters.get("weight_zero")
-    return _StraightThrough.apply(out, x, weight, parameters["bias"], values, scale, *codes)
+    stored = [parameters.get(name) for name in STORED]
+    return _StraightThrough.apply(out, x, weight, parameters["bias"], values, scale, *stored)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -127,26 +134,26 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(out, x, weight, bias, values, scale, codes, weight_scale, weight_zero):
+    def forward(out, x, weight, bias, values, scale, *stored):
         return out.view_as(out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, x, weight, bias, values, scale, codes, weight_scale, weight_zero = inputs
+        _, x, weight, bias, values, scale, *stored = inputs
         ctx.shape, ctx.dtypes = x.shape, [None if t is None else t.dtype for t in (x, weight, bias)]
         multiplied = None if weight is None else x if values is None else values
-        ctx.save_for_backward(multiplied, scale, codes, weight_scale, weight_zero)
+        ctx.save_for_backward(multiplied, scale, *stored)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        values, scale, codes, weight_scale, weight_zero = ctx.saved_tensors
+        values, scale, *stored = ctx.saved_tensors
         K, (x_dtype, weight_dtype, bias_dtype) = ctx.shape[-1], ctx.dtypes
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
-            stored = {"weight": codes, "weight_scale": weight_scale, "weight_zero": weight_zero}
-            grad_x = (rows @ dequantized_weight(stored, K, grad.dtype)).view(ctx.shape).to(x_dtype)
+            weight = dequantized_weight(dict(zip(STORED, stored, strict=True)), K, grad.dtype)
+            grad_x = (rows @ weight).view(ctx.shape).to(x_dtype)
         if ctx.needs_input_grad[2]:
             multiplied = values.reshape(-1, K)
             if scale is not None:
@@ -154,4 +161,4 @@ class _StraightThrough(torch.autograd.Function):
             grad_weight = (rows.T @ multiplied.to(grad.dtype)).to(weight_dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
-        return None, grad_x, grad_weight, grad_bias, None, None, None, None, None
+        return None, grad_x, grad_weight, grad_bias, None, None, *[None] * len(STORED)

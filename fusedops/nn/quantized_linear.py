@@ -1,4 +1,4 @@
-"""What quantised linear layers share."""
+"""What linear layers share that store something else than their weight: codes, or the part that is not zero."""
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from fusedops.nn._linear import (
 
 
 class QuantizedLinear(nn.Module):
-    """What quantised linear layers share: `Int8Linear`, `Fp8Linear` and `WeightOnlyLinear`.
+    """What `Int8Linear`, `Fp8Linear`, `WeightOnlyLinear` and `Sparse24Linear` share.
 
     Attributes:
         options: The options of the format, by name.
@@ -26,7 +26,7 @@ class QuantizedLinear(nn.Module):
     """
 
     OPTIONS = {}  # with what stands where one is left out
-    KEPT = ()  # parameters whose dtype belongs to the format, whatever the layer is converted to
+    KEPT = ()  # parameters and buffers whose dtype belongs to the format, whatever the layer is converted to
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, **options):
         super().__init__()
@@ -99,22 +99,36 @@ class QuantizedLinear(nn.Module):
             TypeError: `linear` is not a ``torch.nn.Linear``, or an option is none of this format.
             ValueError: an option does not fit.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"{cls.__name__}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        cls.check_linear(linear)
         if input_scale is not None:
             options["static_input"] = True
         options = cls.checked(**options)
-        stored, weight = {}, linear.weight
+        stored = {}
         if options.get("static_input"):
-            stored["input_scale"] = as_input_scale(cls.__name__, input_scale, weight.device)
-        N, K = weight.shape
-        made = cls(K, N, linear.bias is not None, "meta", weight.dtype, **options)
-        stored |= cls.quantize_weight(weight, **options)
-        for name, tensor in stored.items():
-            setattr(made, name, Parameter(tensor, requires_grad=False))
+            stored["input_scale"] = as_input_scale(cls.__name__, input_scale, linear.weight.device)
+        return cls._of(linear, stored | cls.quantize_weight(linear.weight, **options), options)
+
+    @classmethod
+    def check_linear(cls, linear):
+        """Raise TypeError where a module is not a ``torch.nn.Linear``."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{cls.__name__}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
+
+    @classmethod
+    def _of(cls, linear, stored, options):
+        """A layer in the place of a plain one, whose bias it shares, with these tensors."""
+        N, K = linear.weight.shape
+        made = cls(K, N, linear.bias is not None, "meta", linear.weight.dtype, **options)
+        made.take(stored)
         if linear.bias is not None:
             made.bias = linear.bias
         return made.train(linear.training)
+
+    def take(self, stored):
+        """Make tensors, such as `quantize_weight` gives, the layer's parameters of their names; parameters stay."""
+        for name, tensor in stored.items():
+            is_parameter = isinstance(tensor, Parameter)
+            setattr(self, name, tensor if is_parameter else Parameter(tensor, requires_grad=False))
 
     def dequantize(self, dtype=None):
         """The weight ``[N, K]``, computed in float32 and rounded to `dtype`, by default to the layer's."""
@@ -136,10 +150,14 @@ class QuantizedLinear(nn.Module):
         if dtype is not None:
             with torch.autocast(x.device.type, enabled=False):  # which would round what operators do in float32
                 return self.forward(x.to(dtype))
-        parameters = self._parameters
+        parameters = self.operands(x)
         if wants_gradient(x, parameters["bias"]):
             return differentiable(type(self), x, None, parameters)
         return self.compute(x, parameters)[0]
+
+    def operands(self, x):
+        """What `compute` gets for an input."""
+        return self._parameters
 
     @classmethod
     def compute(cls, x, parameters):
@@ -159,7 +177,7 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        return super()._apply(keeping_dtypes(fn, [self._parameters.get(name) for name in self.KEPT]), recurse)
+        return super()._apply(keeping_dtypes(fn, [getattr(self, name, None) for name in self.KEPT]), recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         """Nothing of this layer is loaded where one of its tensors does not fit."""

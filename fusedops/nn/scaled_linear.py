@@ -23,6 +23,18 @@ class ScaledLinear(QuantizedLinear):
     @classmethod
     def compute(cls, x, parameters):
         """See `QuantizedLinear.compute`."""
+        values, scale = cls.quantized_rows(x, parameters)
+        weight, weight_scale, bias = cls._stored(parameters, x.dtype)
+        run = direct(cls.MATMUL, x)
+        if run is None:
+            out = cls.matmul(values, weight, scale, weight_scale, bias=bias, out_dtype=x.dtype)
+        else:
+            out = run(values, weight, scale, weight_scale, bias, x.dtype, None, None)
+        return out.view(*x.shape[:-1], out.shape[-1]), values, scale
+
+    @classmethod
+    def quantized_rows(cls, x, parameters):
+        """``(values [M, K], scale)``: x ``[..., K]`` as the layer multiplies it."""
         rows, static = x if x.dim() > 1 else x.unsqueeze(0), parameters.get("input_scale")
         if static is not None:
             values, scale = cls._quantize(rows, "tensor", static)
@@ -32,14 +44,7 @@ class ScaledLinear(QuantizedLinear):
         else:
             values, scale = cls._quantize(rows, "row", None)
             scale = scale.view(-1)
-        values = values.view(-1, values.shape[-1])
-        weight, weight_scale, bias = cls._stored(parameters, x.dtype)
-        run = direct(cls.MATMUL, x)
-        if run is None:
-            out = cls.matmul(values, weight, scale, weight_scale, bias=bias, out_dtype=x.dtype)
-        else:
-            out = run(values, weight, scale, weight_scale, bias, x.dtype, None, None)
-        return out.view(*x.shape[:-1], out.shape[-1]), values, scale
+        return values.view(-1, values.shape[-1]), scale
 
     @classmethod
     def _quantize(cls, x, granularity, scale):

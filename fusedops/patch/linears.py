@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from fusedops.nn import QuantizedLinear
+from fusedops._core.checks import FLOATS
+from fusedops.nn import QuantizedLinear, Sparse24Linear
 from fusedops.patch.gates import GateState, multiply_silu
 from fusedops.patch.joined import Group, LinearState, kind_of, obstacle
 from fusedops.patch.norms import RMSNormState
@@ -163,19 +164,23 @@ def rows_dtype(linear):
     """The dtype in which a linear takes rows that are quantised already, or None."""
     if not isinstance(linear, QuantizedLinear) or not hasattr(linear, "forward_quantized"):
         return None
+    if linear.weight.dtype in FLOATS:  # a sparse one, whose values are no codes
+        return None
     by_rows = not linear.options.get("static_input") and linear.options.get("granularity", "row") == "row"
     return linear.weight.dtype if by_rows else None
 
 
 def operator_of(linear):
     """Name of the operator that multiplies with a linear's weight."""
+    if isinstance(linear, Sparse24Linear):
+        return "sparse_matmul"
     if not hasattr(linear, "forward_quantized"):
         return "weight_only_matmul"
     return "int8_matmul" if linear.weight.dtype is torch.int8 else "fp8_matmul"
 
 
 def unfit(linear, shared):
-    """Why a quantised linear is left alone, or None.
+    """Why a quantised or sparse linear is left alone, or None.
 
     Args:
         linear: A QuantizedLinear.
@@ -183,6 +188,8 @@ def unfit(linear, shared):
     """
     if "_hf_hook" in linear.__dict__:
         return f"accelerate's {type(linear._hf_hook).__name__} may move its parameters"
+    if linear._buffers:
+        return "it keeps a dense copy of its weight"
     if linear._forward_hooks or linear._forward_pre_hooks:
         return "it has hooks"
     parameters = [p for p in linear._parameters.values() if p is not None]
