@@ -81,6 +81,18 @@ MMA_SPARSE(mma_sparse_f16, float, "+f", "m16n8k32.row.col.f32.f16.f16.f32")
 MMA_SPARSE(mma_sparse_s8, int, "+r", "m16n8k64.row.col.s32.s8.s8.s32")
 #undef MMA_SPARSE
 
+// Two bytes, and four.
+DEVICE u32 load_shared_u16(u32 address) {
+    u16 value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+    return value;
+}
+DEVICE u32 load_shared_u32(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
 // Adds, and gives what was there: this thread sees what the threads that added before it had written.
 DEVICE u32 atomic_add_release_acquire(u32* counter, u32 value) {
     u32 old;
@@ -95,6 +107,11 @@ template <int ID, int THREADS> DEVICE void named_barrier_sync() {
 // Counts this thread at the barrier and goes on.
 template <int ID, int THREADS> DEVICE void named_barrier_arrive() {
     asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+}
+
+// A barrier of so many threads whose number is known at run time.
+DEVICE void barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -140,6 +157,14 @@ DEVICE void mbarrier_wait_cluster(u32 barrier, u32 parity) {
                  "}" ::"r"(barrier), "r"(parity)
                  : "memory");
 }
+// Four 8 x 8 matrices of 16-bit elements to shared memory, transposed: lane l gives the address of column l % 8 of
+// matrix l / 8, and has of each matrix the elements 2 * (l % 4) and the next of row l / 4.
+DEVICE void stmatrix_x4_transposed(u32 column_smem, const u32 (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column_smem),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 // What this thread wrote to shared memory is seen by TMA and wgmma.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
