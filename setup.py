@@ -1,15 +1,13 @@
 """Compile ``csrc/cuda/*.cu`` to cubins inside the package; everything else stands in pyproject.toml.
 
 nvcc (through ninja) is taken where a CUDA toolkit is found, else NVRTC where that is installed. With neither, the
-package ships the sources alone and says so: a missing cubin is compiled on the machine that needs it.
+package ships sources and the PTX beside them, and says so: a missing cubin is compiled where it is needed.
 """
 
-import ctypes
-import ctypes.util
-import os
+import importlib.util
+import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -17,85 +15,79 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc" / "cuda"
-# Machine code for the GPUs we tune for, and PTX that the driver can compile for any newer one.
-TARGETS = {"sm_80.cubin": "sm_80", "sm_90a.cubin": "sm_90a", "compute_80.ptx": "compute_80"}
-NVRTC_NAMES = ("libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so")
+WORK = ROOT / "build" / "kernels"  # kept between builds, so that ninja compiles what has changed
 
 
-def find_nvcc():
-    """Return the path of nvcc, or None."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidate = Path(home) / "bin" / "nvcc" if home else None
-    return str(candidate) if candidate and candidate.exists() else shutil.which("nvcc")
+def load_toolchain():
+    """`fusedops._core.cuda.toolchain` by its path: the package needs torch, which a build does not have."""
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "fusedops" / "_core" / "cuda" / "toolchain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def compile_with_nvcc(nvcc, sources, folder):
-    """Compile every source for every target with nvcc, in parallel, through a generated build.ninja."""
-    lines = [f"nvcc = {nvcc}", f"flags = -std=c++17 -O3 -I {SOURCES}"]
-    for suffix, target in TARGETS.items():
-        kind = "--cubin" if suffix.endswith("cubin") else "--ptx"
-        lines += [f"rule {suffix}", f"  command = $nvcc $flags -arch={target} {kind} -MD -MF $out.d -o $out $in"]
-        lines += ["  depfile = $out.d", "  deps = gcc"]
-        lines += [f"build {source.stem}.{suffix}: {suffix} {source}" for source in sources]
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    try:
-        subprocess.run(["ninja", "-C", str(folder)], check=True)
-    finally:
-        for left_over in (*folder.glob(".ninja*"), folder / "build.ninja"):
-            left_over.unlink()
+toolchain = load_toolchain()
 
 
-def find_nvrtc():
-    """Return NVRTC's library, from the system or from NVIDIA's Python packages, or None."""
-    packaged = [found for entry in sys.path for found in Path(entry or ".").glob("nvidia/**/libnvrtc.so.*")]
-    for name in (*map(str, packaged), *NVRTC_NAMES):
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    return None
+def find_ninja():
+    """The command of ninja: of its Python package, which an isolated build installs, or of the system; else None."""
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    return shutil.which("ninja")
+
+
+def compile_with_nvcc(nvcc, ninja, sources, folder):
+    """Compile every product of every source with nvcc, in parallel, through a generated build.ninja."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    flags = " ".join(toolchain.FLAGS)
+    lines = ["ninja_required_version = 1.5", f"nvcc = {_escaped(nvcc)}", f"flags = {flags}"]
+    for product in toolchain.SHIPPED:
+        options = " ".join(toolchain.nvcc_options(product))
+        lines += [f"rule {product}", f"  command = $nvcc $flags {options} -MD -MF $out.d -o $out $in"]
+        lines += ["  description = nvcc $out", "  depfile = $out.d", "  deps = gcc"]
+        lines += [f"build {source.stem}.{product}: {product} {_escaped(source)}" for source in sources]
+    (WORK / "build.ninja").write_text("\n".join(lines) + "\n")
+    subprocess.run([ninja, "-C", str(WORK)], check=True)
+    for source in sources:
+        for product in toolchain.SHIPPED:
+            shutil.copy2(WORK / f"{source.stem}.{product}", folder)
+
+
+def _escaped(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def compile_with_nvrtc(nvrtc, sources, folder):
-    """Compile every source for every target with NVRTC, one after the other."""
+    """Compile every product of every source with NVRTC, one after the other."""
     for source in sources:
-        for suffix, target in TARGETS.items():
-            kind = "CUBIN" if suffix.endswith("cubin") else "PTX"
-            (folder / f"{source.stem}.{suffix}").write_bytes(nvrtc_compile(nvrtc, source, target, kind))
-
-
-def nvrtc_compile(nvrtc, source, target, kind):
-    """Compile one source for one target; `kind` is CUBIN or PTX. The compiler's own words become the error."""
-    program = ctypes.c_void_p()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
-    options = [f"-arch={target}".encode(), b"-std=c++17", f"-I{SOURCES}".encode()]
-    status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-    wanted = "ProgramLog" if status else kind
-    size = ctypes.c_size_t()
-    getattr(nvrtc, f"nvrtcGet{wanted}Size")(program, ctypes.byref(size))
-    text = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{wanted}")(program, text)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    if status:
-        raise RuntimeError(f"NVRTC could not compile {source.name} for {target}:\n{text.value.decode()}")
-    return text.raw
+        for product in toolchain.SHIPPED:
+            print(f"NVRTC {source.stem}.{product}", flush=True)
+            (folder / f"{source.stem}.{product}").write_bytes(toolchain.compile_with_nvrtc(nvrtc, source, product))
 
 
 def compile_kernels(folder):
     """Fill `folder` with the compiled kernels and return how that was done, in words."""
+    shutil.rmtree(folder, ignore_errors=True)
     sources = sorted(SOURCES.glob("*.cu"))
     if not sources:
         return "there is no CUDA source to compile"
-    folder.mkdir(parents=True, exist_ok=True)
-    nvcc = find_nvcc()
-    if nvcc and shutil.which("ninja"):
-        compile_with_nvcc(nvcc, sources, folder)
-        return f"compiled {len(sources)} CUDA sources with {nvcc}"
-    nvrtc = find_nvrtc()
-    if nvrtc:
+    nvcc, ninja = toolchain.find_nvcc(), find_ninja()
+    nvrtc = None if nvcc and ninja else toolchain.find_nvrtc()
+    if not (nvcc and ninja) and nvrtc is None:
+        return "neither nvcc with ninja nor NVRTC was found: shipping the CUDA sources and their PTX only"
+    folder.mkdir(parents=True)
+    if nvrtc is None:
+        compile_with_nvcc(nvcc, ninja, sources, folder)
+    else:
         compile_with_nvrtc(nvrtc, sources, folder)
-        return f"compiled {len(sources)} CUDA sources with NVRTC"
-    return "neither nvcc with ninja nor NVRTC was found: shipping the CUDA sources only"
+    compiler = toolchain.described(nvcc, nvrtc)
+    made_from = {f"{source.stem}.{product}": toolchain.fingerprint(source)
+                 for source in sources for product in toolchain.SHIPPED}  # fmt: skip
+    manifest = {"compiler": compiler, "fingerprints": made_from}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return f"compiled {len(sources)} CUDA sources with {compiler}"
 
 
 class BuildWithKernels(build_py):
@@ -104,9 +96,10 @@ class BuildWithKernels(build_py):
     def run(self):
         super().run()
         package = ROOT / "fusedops" if self.editable_mode else Path(self.build_lib) / "fusedops"
-        print("fusedops:", compile_kernels(package / "_cubin"))
+        print("fusedops:", compile_kernels(package / "_cubin"), flush=True)
         if not self.editable_mode:
-            shutil.copytree(SOURCES, package / "_csrc", dirs_exist_ok=True)
+            shutil.rmtree(package / "_csrc", ignore_errors=True)
+            shutil.copytree(SOURCES, package / "_csrc")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from types import SimpleNamespace
 from fusedops._core import fingerprint, sass
 
 _WIDE = ("128", "256")  # modifiers of 16-byte and 32-byte accesses
+_EM_CUDA = 190  # e_machine
+_NEW_ABI = 8  # of CUDA 13; e_flags has the capability in its lowest byte before, in the second one since
 _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+)")
 
 
@@ -151,6 +153,17 @@ def _machine_code(cubin):
     if len(texts) != 1:
         raise RuntimeError(f"cubin: machine code must be that of one kernel, got {len(texts)}")
     return texts[0]
+
+
+def capability(content):
+    """The compute capability that machine code is for, 90 of sm_90a, from its ELF header.
+
+    ValueError: it is not a cubin.
+    """
+    if len(content) < 64 or content[:4] != b"\x7fELF" or struct.unpack_from("<H", content, 18)[0] != _EM_CUDA:
+        raise ValueError("cubin: machine code must be an ELF file for CUDA")
+    (flags,) = struct.unpack_from("<I", content, 48)
+    return (flags >> 8 if content[8] >= _NEW_ABI else flags) & 0xFF
 
 
 @contextlib.contextmanager

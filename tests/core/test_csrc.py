@@ -3,12 +3,15 @@
 import ctypes.util
 import importlib.metadata
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from fusedops._core import cubin
 
 pytestmark = pytest.mark.compile
 
@@ -58,6 +61,7 @@ def setup_module(monkeypatch, tmp_path):
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc" / "cuda", sources, ignore=shutil.ignore_patterns("*.cu"))
     monkeypatch.setattr(module, "SOURCES", sources)
+    monkeypatch.setattr(module, "WORK", tmp_path / "build")
     return module
 
 
@@ -96,35 +100,63 @@ def test_setup_without_sources_does_nothing(setup_module, tmp_path):
     assert not (tmp_path / "cubin").exists()
 
 
-def test_setup_without_compiler_says_so(setup_module, tmp_path, monkeypatch):
+def without(monkeypatch, module, *compilers):
+    for compiler in compilers:
+        monkeypatch.setattr(module.toolchain, f"find_{compiler}", lambda: None)
+
+
+def test_setup_without_compiler_says_so_and_leaves_nothing_old(setup_module, tmp_path, monkeypatch):
     (setup_module.SOURCES / "kernels.cu").write_text(KERNELS)
-    monkeypatch.setattr(setup_module, "find_nvcc", lambda: None)
-    monkeypatch.setattr(setup_module, "find_nvrtc", lambda: None)
-    assert "shipping the CUDA sources only" in setup_module.compile_kernels(tmp_path / "cubin")
-    assert list((tmp_path / "cubin").iterdir()) == []
+    (tmp_path / "cubin").mkdir()
+    (tmp_path / "cubin" / "kernels.sm_80.cubin").touch()
+    without(monkeypatch, setup_module, "nvcc", "nvrtc")
+    assert "shipping the CUDA sources and their PTX only" in setup_module.compile_kernels(tmp_path / "cubin")
+    assert not (tmp_path / "cubin").exists()
 
 
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on the PATH")
-def test_setup_compiles_with_nvcc(setup_module, tmp_path):
+def test_setup_compiles_with_nvcc_what_has_changed(setup_module, tmp_path, capfd):
     (setup_module.SOURCES / "kernels.cu").write_text(KERNELS)
-    assert NVCC in setup_module.compile_kernels(tmp_path / "cubin")
-    check_outputs(tmp_path / "cubin")
+    (setup_module.SOURCES / "others.cu").write_text('extern "C" __global__ void other() {}')
+    assert "nvcc" in setup_module.compile_kernels(tmp_path / "cubin")
+    assert "[6/6] nvcc" in capfd.readouterr().out, "ninja shows how far it is"
+    check_outputs(tmp_path / "cubin", setup_module)
+    first = (tmp_path / "cubin" / "manifest.json").read_text()
+    header = setup_module.SOURCES / "common.cuh"
+    header.write_text(header.read_text().replace("return a + b", "return b + a") + "// changed")
+    setup_module.compile_kernels(tmp_path / "cubin")
+    assert "[3/3] nvcc" in capfd.readouterr().out, "only the source that includes the header is compiled again"
+    assert (tmp_path / "cubin" / "manifest.json").read_text() != first
+    setup_module.compile_kernels(tmp_path / "cubin")
+    assert "no work to do" in capfd.readouterr().out
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not on the PATH")
+def test_a_source_that_does_not_compile_stops_the_build(setup_module, tmp_path):
+    (setup_module.SOURCES / "kernels.cu").write_text("not C++")
+    with pytest.raises(subprocess.CalledProcessError):
+        setup_module.compile_kernels(tmp_path / "cubin")
 
 
 @pytest.mark.skipif(not HAS_NVRTC, reason="NVRTC is neither a Python package here nor on the library path")
 def test_setup_compiles_with_nvrtc(setup_module, tmp_path, monkeypatch):
     (setup_module.SOURCES / "kernels.cu").write_text(KERNELS)
-    monkeypatch.setattr(setup_module, "find_nvcc", lambda: None)
+    without(monkeypatch, setup_module, "nvcc")
     assert "NVRTC" in setup_module.compile_kernels(tmp_path / "cubin")
-    check_outputs(tmp_path / "cubin")
+    check_outputs(tmp_path / "cubin", setup_module)
     (setup_module.SOURCES / "kernels.cu").write_text("not C++")
     with pytest.raises(RuntimeError, match="could not compile kernels.cu for sm_80"):
         setup_module.compile_kernels(tmp_path / "cubin")
 
 
-def check_outputs(folder):
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert set(files) == {"kernels.sm_80.cubin", "kernels.sm_90a.cubin", "kernels.compute_80.ptx"}
-    assert files["kernels.sm_80.cubin"].startswith(b"\x7fELF") and files["kernels.sm_90a.cubin"].startswith(b"\x7fELF")
-    assert b".entry sum_half" in files["kernels.compute_80.ptx"]
+def check_outputs(folder, setup_module):
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("kernels")}
+    assert set(files) == {"kernels.sm_80.cubin", "kernels.sm_90a.cubin", "kernels.sm_80.ptx"}
+    assert [cubin.capability(files[f"kernels.{target}.cubin"]) for target in ("sm_80", "sm_90a")] == [80, 90]
+    assert b".entry sum_half" in files["kernels.sm_80.ptx"] and b".target sm_80" in files["kernels.sm_80.ptx"]
+    assert str(ROOT).encode() not in files["kernels.sm_80.ptx"], "what is shipped names no folder of the build"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    made_from = setup_module.toolchain.fingerprint(setup_module.SOURCES / "kernels.cu")
+    assert {manifest["fingerprints"][name] for name in files} == {made_from}

@@ -6,6 +6,7 @@ What is made of a source is named by what it is for: ``sm_80.cubin``, ``sm_90a.c
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 FLAGS = ("-std=c++17", "-O3")
 NVRTC_FLAGS = ("-std=c++17",)  # it optimises fully and knows no -O3
-LINES = "-lineinfo"  # PTX says which line an instruction is from; machine code is shipped without
+LINES = "-lineinfo"  # what the emulator runs says which line an instruction is from; what is shipped does not
 SHIPPED = ("sm_80.cubin", "sm_90a.cubin", "sm_80.ptx")
 _NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
@@ -47,24 +48,29 @@ def find_nvrtc():
 def found():
     """The compiler that would be used, in words, or None."""
     nvcc = find_nvcc()
-    if nvcc:
-        return nvcc
-    nvrtc = find_nvrtc()
-    if nvrtc is None:
-        return None
-    numbers = ctypes.c_int(), ctypes.c_int()
-    nvrtc.nvrtcVersion(*map(ctypes.byref, numbers))
-    return f"NVRTC {numbers[0].value}.{numbers[1].value}"
+    nvrtc = None if nvcc else find_nvrtc()
+    return described(nvcc, nvrtc) if nvcc or nvrtc else None
+
+
+def described(nvcc, nvrtc):
+    """A compiler in words: of NVRTC its version, else the release that nvcc tells."""
+    if nvrtc is not None:
+        numbers = ctypes.c_int(), ctypes.c_int()
+        nvrtc.nvrtcVersion(*map(ctypes.byref, numbers))
+        return f"NVRTC {numbers[0].value}.{numbers[1].value}"
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release ([\d.]+)", told)
+    return f"nvcc {release[1] if release else ''}".strip()
 
 
 def nvcc_options(product):
     """What nvcc is told for a product, such as ``sm_90a.cubin``."""
     target, kind = product.split(".")
-    return [f"-arch={target}", "--cubin"] if kind == "cubin" else [f"-arch={_virtual(target)}", "--ptx", LINES]
+    return [f"-arch={target}", "--cubin"] if kind == "cubin" else [f"-arch={_virtual(target)}", "--ptx"]
 
 
 def compile_source(source, product):
-    """The bytes of one product of a source.
+    """The bytes of one product of a source; PTX names the source's lines.
 
     Raises:
         RuntimeError: there is no compiler, or the compiler's own words.
@@ -75,22 +81,22 @@ def compile_source(source, product):
     nvrtc = find_nvrtc()
     if nvrtc is None:
         raise RuntimeError(f"cuda: {source.name} cannot be compiled for {product}: neither nvcc nor NVRTC was found")
-    return compile_with_nvrtc(nvrtc, source, product)
+    return compile_with_nvrtc(nvrtc, source, product, *_lines(product))
 
 
 def _with_nvcc(nvcc, source, product):
-    command = [nvcc, *FLAGS, *nvcc_options(product), source.name, "-o", "-"]
+    command = [nvcc, *FLAGS, *nvcc_options(product), *_lines(product), source.name, "-o", "-"]
     done = subprocess.run(command, cwd=source.parent, capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(f"cuda: nvcc could not compile {source.name} for {product}:\n{done.stderr.decode()}")
     return done.stdout
 
 
-def compile_with_nvrtc(nvrtc, source, product):
+def compile_with_nvrtc(nvrtc, source, product, *extra):
     """One product of a source by NVRTC. RuntimeError: the compiler's own words."""
     target, kind = product.split(".")
-    arch = [f"-arch={target}"] if kind == "cubin" else [f"-arch={_virtual(target)}", LINES]
-    options = [option.encode() for option in (*NVRTC_FLAGS, *arch, f"-I{source.parent}")]
+    arch = target if kind == "cubin" else _virtual(target)
+    options = [option.encode() for option in (*NVRTC_FLAGS, f"-arch={arch}", f"-I{source.parent}", *extra)]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
     try:
@@ -104,6 +110,10 @@ def compile_with_nvrtc(nvrtc, source, product):
     if status:
         raise RuntimeError(f"cuda: NVRTC could not compile {source.name} for {product}:\n{text.value.decode()}")
     return text.raw if kind == "cubin" else text.value
+
+
+def _lines(product):
+    return [LINES] if product.endswith(".ptx") else []
 
 
 def _virtual(target):
