@@ -2,7 +2,7 @@
 
 A replaced function takes exactly torch's arguments. Where our operator does not cover a call (float64, say, or rows
 that cannot be flattened without a copy), torch's function runs; on CUDA tensors that counts as leaving the fused path
-(``FUSEDOPS_FALLBACK``).
+(``FUSEDOPS_FALLBACK``). `kl_distillation_loss` is ours alone: torch has no function of that name.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as _functional
 
 from fusedops._core import checks, dispatch
+from fusedops.nn.distillation import kl_distillation_loss as kl_distillation_loss
 from fusedops.ops.attention import attention as _attention
 from fusedops.ops.attention import takes_head_dim
 from fusedops.ops.layer_norm import layer_norm as _layer_norm
