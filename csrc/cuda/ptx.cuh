@@ -30,11 +30,21 @@ DEVICE void cp_async_16(u32 to_smem, const void* from, bool valid) {
 DEVICE void cp_async_16_part(u32 to_smem, const void* from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_smem), "l"(from), "r"(bytes) : "memory");
 }
+// Copies 8 bytes, both addresses multiples of 8.
+DEVICE void cp_async_8(u32 to_smem, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to_smem), "l"(from) : "memory");
+}
 // Ends a group: the copies of this thread since the last one.
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all groups of this thread but the newest PENDING have arrived. Other threads' copies need a barrier after it.
 template <int PENDING> DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// 16 bytes.
+DEVICE void store_shared_4x32(u32 to_smem, const u32 (&r)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to_smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, and gets of each

@@ -142,7 +142,7 @@ _sparse_matmul = register(
     "sparse_matmul(Tensor a, Tensor values, Tensor metadata, Tensor? scale_a, Tensor? scale_b, Tensor? bias, "
     "ScalarType out_dtype, str? activation) -> Tensor",
     package=__name__,
-    implementations=("torch", "reference"),
+    implementations=("cuda", "torch", "reference"),
     rows=("a", "scale_a"),
     fake=_fake,
     cost=_cost,
