@@ -6,6 +6,7 @@ is needed. `images` finds what is loaded and `driver` loads it.
 
 import ctypes
 import functools
+import struct
 import threading
 
 import torch
@@ -115,13 +116,10 @@ class Kernel:
             return
         if device is None:
             device = next(argument for argument in arguments if isinstance(argument, torch.Tensor)).device
-        index = device.index or 0
+        index = torch.cuda.current_device() if device.index is None else device.index
         function = self._functions.get(index) or self._load(index)
-        values = [
-            argument.data_ptr() if isinstance(argument, torch.Tensor) else _value(argument) for argument in arguments
-        ]
-        layout = self._layout or self._laid_out(arguments)
-        function.launch(grid, block, values, layout, shared, cluster, current_stream(index))
+        content = self._packed(arguments)
+        function.launch(grid, block, content, shared, cluster, current_stream(index))
 
     def _load(self, index):
         with _lock:
@@ -129,22 +127,43 @@ class Kernel:
             function = self._functions[index] = driver.Function(module, self.symbol, index)
         return function
 
-    def _laid_out(self, arguments):
-        """A kernel's parameters have the same types in every launch."""
-        self._layout = driver.structure([_format(argument) for argument in arguments])
-        return self._layout
+    def _packed(self, arguments):
+        """The parameters as C lays them out; a kernel's have the same types in every launch."""
+        values = [
+            argument.data_ptr() if isinstance(argument, torch.Tensor) else _value(argument) for argument in arguments
+        ]
+        if self._layout is None:
+            self._layout = driver.structure([self._format(argument) for argument in arguments])
+        try:
+            return self._layout.pack(*values)
+        except struct.error as error:
+            raise ValueError(
+                f"{self.source}: {self.symbol} must be launched with the types of its first launch ({error})"
+            ) from error
+
+    def _format(self, argument):
+        if argument is None or isinstance(argument, torch.Tensor):
+            return "Q"
+        if isinstance(argument, bytes):
+            return f"{len(argument)}s"
+        if type(argument) not in _FORMATS:
+            raise TypeError(
+                f"{self.source}: arguments of {self.symbol} must be tensors, None, ctypes scalars or tensor maps, got "
+                f"{type(argument).__name__}"
+            )
+        return _FORMATS[type(argument)]
 
 
 @functools.cache
 def _module(source, target, index):
-    return driver.load_module(images.find(source, target).content, index)
+    image = images.find(source, target)
+    try:
+        return driver.load_module(image.content, index)
+    except driver.DriverError as error:
+        raise driver.DriverError(f"{source}: the driver refuses the {image.origin} {image.product}: {error}") from error
 
 
 def _value(argument):
-    return argument if isinstance(argument, bytes) else 0 if argument is None else argument.value
-
-
-def _format(argument):
-    if isinstance(argument, bytes):
-        return f"{len(argument)}s"
-    return _FORMATS.get(type(argument), "Q")
+    if argument is None:
+        return 0
+    return argument if isinstance(argument, bytes) else getattr(argument, "value", argument)

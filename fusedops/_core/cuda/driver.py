@@ -81,8 +81,7 @@ def check(status, function, driver=None):
 def _loading(index):
     """In a device's primary context, which is torch's, and allowed while a stream is captured into a graph."""
     driver, mode = library(), ctypes.c_int(_CAPTURE_RELAXED)
-    before = ctypes.c_void_p()
-    check(driver.cuCtxGetCurrent(ctypes.byref(before)), "cuCtxGetCurrent")
+    before = _current_context()
     _make_current(index)
     check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")
     try:
@@ -90,6 +89,12 @@ def _loading(index):
     finally:
         driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
         driver.cuCtxSetCurrent(before)
+
+
+def _current_context():
+    context = ctypes.c_void_p()
+    check(library().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    return context
 
 
 def _make_current(index):
@@ -119,17 +124,15 @@ class Function:
         self._index = index
         self._shared = 0  # dynamic shared memory that the kernel was told it may have
         self._function = ctypes.c_void_p()
-        self._layout = None
         with _loading(index) as driver:
             status = driver.cuModuleGetFunction(ctypes.byref(self._function), module, symbol.encode())
             check(status, f"cuModuleGetFunction {symbol}")
         self._launch, self._launch_cluster = driver.cuLaunchKernel, driver.cuLaunchKernelEx
 
-    def launch(self, grid, block, values, layout, shared, cluster, stream):
-        """Launch on a stream; `layout` is the `struct.Struct` that places `values` as the kernel's parameters."""
+    def launch(self, grid, block, content, shared, cluster, stream):
+        """Launch on a stream; `content` holds the kernel's parameters as C lays them out."""
         if shared > self._shared:
             self._allow(shared)
-        content = layout.pack(*values)
         count = ctypes.c_size_t(len(content))
         packed = _Packed(_BUFFER_POINTER, content, _BUFFER_SIZE, ctypes.addressof(count), None)
         if cluster != (1, 1, 1):
@@ -141,7 +144,7 @@ class Function:
 
     def _checked(self, launch, *arguments):
         status = launch(*arguments)
-        if status == _INVALID_CONTEXT:  # a thread in which torch has not used this device yet
+        if status == _INVALID_CONTEXT and not _current_context():  # a thread in which torch has not used a GPU yet
             _make_current(self._index)
             status = launch(*arguments)
         if status:

@@ -126,7 +126,7 @@ def _made_from(path):
     if path.parent == SHIPPED:
         try:
             return json.loads((SHIPPED / MANIFEST).read_text())["fingerprints"].get(path.name)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
     if path.parent.name == "ptx":
         with open(path) as file:

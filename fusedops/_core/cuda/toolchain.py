@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 FLAGS = ("-std=c++17", "-O3")
@@ -85,11 +86,15 @@ def compile_source(source, product):
 
 
 def _with_nvcc(nvcc, source, product):
-    command = [nvcc, *FLAGS, *nvcc_options(product), *_lines(product), source.name, "-o", "-"]
-    done = subprocess.run(command, cwd=source.parent, capture_output=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"cuda: nvcc could not compile {source.name} for {product}:\n{done.stderr.decode()}")
-    return done.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / product
+        command = [nvcc, *FLAGS, *nvcc_options(product), *_lines(product), source.name, "-o", out]
+        done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"cuda: nvcc could not compile {source.name} for {product}:\n{done.stderr or done.stdout}"
+            )
+        return out.read_bytes()
 
 
 def compile_with_nvrtc(nvrtc, source, product, *extra):
