@@ -20,6 +20,7 @@ _HOME = {
     "Fault": "faults",
     "standard_faults": "faults",
     "argument_faults": "faults",
+    "metadata_faults": "faults",
     "option_fault": "faults",
     "assert_faults_rejected": "faults",
     "Timing": "timing",

@@ -101,6 +101,30 @@ def argument_faults(correct: Callable, position: int, name: str) -> list[Fault]:
     return [Fault(f"{name} {what}", replaced(change)) for what, change in changes.items()]
 
 
+def metadata_faults(correct: Callable, position: int) -> list[Fault]:
+    """Make wrong versions that misread the metadata of a 2:4 weight, in the format of ``fusedops.compress_24``.
+
+    Check them with a weight of at least 3 different rows and more than 64 columns, whose pairs stand at all places.
+
+    Args:
+        correct: The correct implementation; it must be called with the metadata at that position.
+        position: The position of the metadata, uint8 ``[N, bytes]``.
+
+    Returns:
+        Ten faults.
+    """
+
+    def replaced(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+        def wrong(*args, **kwargs):
+            changed = list(args)
+            changed[position] = change(args[position]).contiguous()
+            return correct(*changed, **kwargs)
+
+        return wrong
+
+    return [Fault(name, replaced(change)) for name, change in _MISREADINGS.items()]
+
+
 def option_fault(correct: Callable, name: str, **overrides: object) -> Fault:
     """Make a wrong version that always runs with other keyword arguments.
 
@@ -190,6 +214,24 @@ def _last_tile_dropped(tensor: torch.Tensor) -> torch.Tensor:
 def _shifted_up(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.double() + 0.01 * tensor.double().nan_to_num(0.0, 0.0, 0.0).abs().max()).to(tensor.dtype)
 
+
+def _next_group(metadata: torch.Tensor) -> torch.Tensor:
+    """Each group has the places of the group before it."""
+    return metadata << 4 | metadata.roll(1, -1) >> 4
+
+
+_MISREADINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "halves of a byte swapped": lambda metadata: metadata << 4 | metadata >> 4,
+    "places of a pair swapped": lambda metadata: (metadata & 0x33) << 2 | metadata >> 2 & 0x33,
+    "places of the group before": _next_group,
+    "places of the row before": lambda metadata: metadata.roll(1, 0),
+    "bytes shifted by one": lambda metadata: metadata.roll(1, -1),
+    "bytes of a 16-bit word swapped": lambda metadata: metadata.unflatten(-1, (-1, 2)).flip(-1).flatten(-2),
+    "words of 16 bits swapped": lambda metadata: metadata.unflatten(-1, (-1, 2, 2)).flip(-2).flatten(-3),
+    "always the first two places": lambda metadata: torch.full_like(metadata, 0x44),
+    "places counted from the end": lambda metadata: (metadata & 0x33) << 2 ^ 0xCC | (metadata >> 2 & 0x33) ^ 0x33,
+    "lower half of a byte for both": lambda metadata: metadata & 15 | metadata << 4,
+}
 
 _DAMAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "all zeros": torch.zeros_like,

@@ -9,11 +9,12 @@ from fusedops._core.checks import FLOATS
 from fusedops._core.numbers import ceil_div
 from fusedops._core.register import register
 from fusedops.ops.attention import check_table
-from fusedops.ops.compress_24 import check_compressed, compress_24, prune_24
+from fusedops.ops.compress_24 import check_compressed
 
 CODES = (torch.int8, torch.float8_e4m3fn)
 MAX_K_INT8 = 2**17  # half of so many products of -128, which are multiplied, sum up to 2**30
 MAX_SIZE = 2**30  # rows of a, N and K; kernels count them in 32 bits
+PLACES = torch.tensor([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], dtype=torch.uint8, device="cpu")  # of a pair
 
 
 def sparse_matmul(a, values, metadata, *, scale_a=None, scale_b=None, bias=None, out_dtype=None, activation=None):
@@ -45,22 +46,26 @@ def sparse_matmul(a, values, metadata, *, scale_a=None, scale_b=None, bias=None,
         NotImplementedError: K > MAX_K_INT8 of int8; a size > MAX_SIZE.
 
     Numerics: sums of int8 are exact. Sums of the others are in float32, of float32 with float32 products. Scales, first
-        scale_a, bias and activation follow in float32, rounded once at the end. NaN and infinity of a
-        may reach a result through a zero of the weight, or not.
+        scale_a, bias and activation follow in float32, rounded once at the end. NaN and infinity of a may reach a
+        result through a zero of the weight, or not. Metadata that `compress_24` cannot have written gives numbers
+        without a meaning, but is followed nowhere outside its own group.
     Runs on: elsewhere than on CUDA 8.0 and newer torch, with some rows of the weight decompressed at a time.
     From: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, https://arxiv.org/abs/2104.08378
     """
-    args = _arguments(a, values, metadata, scale_a, scale_b, bias, out_dtype, activation)
-    out = _sparse_matmul(*args)
-    return out if out.dim() == a.dim() and out.dim() == 2 else out.view(*a.shape[:-1], values.shape[0])
+    if out_dtype is None and isinstance(a, torch.Tensor):
+        out_dtype = torch.bfloat16 if a.dtype in CODES else a.dtype
+    args = a, values, metadata, scale_a, scale_b, bias, out_dtype, activation
+    run = _sparse_matmul.ready(args) if env.validate() < 2 else None
+    if run is not None:
+        return run(*args)
+    out = _sparse_matmul(*_arguments(*args))
+    return out if a.dim() == 2 else out.view(*a.shape[:-1], values.shape[0])
 
 
 def _arguments(a, values, metadata, scale_a, scale_b, bias, out_dtype, activation):
-    """What the operator gets, checked: a as a matrix, a scale for each of its rows, a dtype."""
+    """What the operator gets, checked: a as a matrix, scale_a without leading dimensions."""
     op = "sparse_matmul"
     K, N = _check_operands(op, a, values, metadata)
-    if out_dtype is None:
-        out_dtype = torch.bfloat16 if a.dtype in CODES else a.dtype
     allowed = FLOATS if a.dtype in CODES else (a.dtype,)
     if out_dtype not in allowed:
         known = ", ".join(map(_name, allowed))
@@ -131,11 +136,13 @@ def _cost(a, values, metadata, scale_a, scale_b, bias, out_dtype, activation):
 
 
 def _example(shape, dtype, device):
-    """As many outputs as inputs, and a bias."""
+    """As many outputs as inputs, and a bias; pairs at any places of whole groups."""
     K = shape[-1]
-    a = torch.randn(shape, device=device).to(dtype)
-    weight = torch.randn(K, K, device=device).to(dtype)
-    return (a, *compress_24(prune_24(weight))), {"bias": torch.randn(K, device=device).to(dtype)}
+    values = torch.randn(K, ceil_div(K, 64) * 32, device=device).to(dtype)
+    values[:, K // 4 * 2 :] = 0
+    low, high = PLACES.to(device)[torch.randint(0, len(PLACES), (2, K, ceil_div(K, 128) * 16), device=device)]
+    a, bias = torch.randn(shape, device=device).to(dtype), torch.randn(K, device=device).to(dtype)
+    return (a, values, low | high << 4), {"bias": bias}
 
 
 _sparse_matmul = register(
