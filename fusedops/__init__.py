@@ -6,7 +6,7 @@ from fusedops._core.inspection import Inspection, inspect
 from fusedops._core.invariance import batch_invariant
 from fusedops._core.pairs import interleave_rows
 from fusedops._core.register import operators as _operators
-from fusedops.convert import fake_quantize_, quantize_, sparsify_
+from fusedops.convert import distill_, fake_quantize_, quantize_, sparsify_
 from fusedops.kv_cache import OutOfPages, PagedKVCache
 from fusedops.ops.attention import attention, attention_varlen, merge_attention
 from fusedops.ops.compress_24 import compress_24, decompress_24, is_24, prune_24

@@ -4,6 +4,7 @@
 norms and products that SmoothQuant needs by what they compute.
 """
 
+from fusedops.convert.distill import distill_
 from fusedops.convert.fake import FakeQuantizedModel, fake_quantize_
 from fusedops.convert.handle import QuantizedModel, SparsifiedModel
 from fusedops.convert.quantize import quantize_
@@ -21,6 +22,7 @@ __all__ = [
     "Scheme",
     "Smoothing",
     "SparsifiedModel",
+    "distill_",
     "fake_quantize_",
     "quantize_",
     "sparsify_",

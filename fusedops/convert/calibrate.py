@@ -25,26 +25,24 @@ class Observed:
     order: int = -1
 
 
-def checked_batches(op, calibration):
-    """Calibration batches as a list.
+def checked_batches(op, batches, name="calibration"):
+    """Model inputs as a list; `name` is what messages call them.
 
     Raises:
         TypeError: it is not an iterable of tensors, mappings, lists or tuples.
         ValueError: it is empty.
     """
-    if isinstance(calibration, torch.Tensor | Mapping | str):
-        calibration = [calibration]
+    if isinstance(batches, torch.Tensor | Mapping | str):
+        batches = [batches]
     try:
-        batches = list(calibration)
+        batches = list(batches)
     except TypeError:
-        raise TypeError(f"{op}: calibration must hold model inputs, got {type(calibration).__name__}") from None
+        raise TypeError(f"{op}: {name} must hold model inputs, got {type(batches).__name__}") from None
     if not batches:
-        raise ValueError(f"{op}: calibration must hold at least one batch, got none")
+        raise ValueError(f"{op}: {name} must hold at least one batch, got none")
     for batch in batches:
         if not isinstance(batch, torch.Tensor | Mapping | list | tuple):
-            raise TypeError(
-                f"{op}: calibration must hold tensors, mappings, lists or tuples, got {type(batch).__name__}"
-            )
+            raise TypeError(f"{op}: {name} must hold tensors, mappings, lists or tuples, got {type(batch).__name__}")
     return batches
 
 
