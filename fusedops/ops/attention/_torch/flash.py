@@ -89,8 +89,8 @@ def plain_attention(
     q, k, v, sinks, alibi_slopes, mask, q_scale, k_scale, v_scale, softmax_scale, causal, window_left, window_right,
     softcap,
 ):  # fmt: skip
-    """out and lse of the plainest float32 calls, as in decoding, where each argument weighs; None for others."""
-    if not (q.is_cpu and q.dtype is torch.float32):
+    """out and lse of the plainest calls, as in decoding, where each argument weighs; None for others."""
+    if not q.is_cpu or q.element_size() == 1:
         return None
     if not (sinks is alibi_slopes is mask is q_scale is k_scale is v_scale is None):
         return None
@@ -100,7 +100,14 @@ def plain_attention(
     causal = causal and num_queries > 1
     if (causal and num_queries != num_keys) or dim != v.shape[3] or not q.numel() or not k.numel():
         return None
-    out, lse = _unmasked(q, k, v, causal, softmax_scale)
+    if q.dtype is torch.float32:
+        out, lse = _unmasked(q, k, v, causal, softmax_scale)
+    elif q.numel() + k.numel() + v.numel() > PART_COPIES:
+        return None
+    else:
+        wide = (t.transpose(1, 2).float() for t in (q, k, v))
+        out, lse = _forward(*wide, 0.0, causal, scale=softmax_scale)
+        out, lse = out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
     return (out, lse) if lse.all() else None
 
 
