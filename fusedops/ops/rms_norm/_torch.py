@@ -3,6 +3,8 @@
 `torch.rms_norm` works in float32 inside and rounds once, in the order of operations of Hugging Face's norms.
 """
 
+import math
+
 import torch
 
 from fusedops._core import codes
@@ -16,6 +18,8 @@ def rms_norm(x, weight, eps, weight_offset, rounding, out=None):
 
 def _normalise(x, weight, eps, weight_offset, rounding):
     """One call where weight and roundings allow it, two otherwise; the layout is x's."""
+    if x.is_cpu and x.numel() == x.shape[-1] > 0 and x.dtype is not torch.float32:
+        return _normalise_row(x, weight, eps, weight_offset, rounding)
     if weight is None or (rounding == "llama" and x.dtype is not torch.float32):
         y = torch.rms_norm(x, x.shape[-1:], None, eps)
         if weight is not None:
@@ -25,6 +29,19 @@ def _normalise(x, weight, eps, weight_offset, rounding):
     else:
         y = torch.rms_norm(x.float(), weight.shape, weight.float() + weight_offset, eps).to(x.dtype)
     return y
+
+
+def _normalise_row(x, weight, eps, weight_offset, rounding):
+    """One row of 16 bits, as in decoding: the calls are what it costs, and a number needs none."""
+    y = x.float()
+    row = y.view(-1)
+    mean = torch.dot(row, row).item() / len(row) + eps
+    y.mul_(mean**-0.5 if mean else math.inf)
+    if rounding == "llama":
+        y = y.to(x.dtype)
+    if weight is not None:
+        y.mul_(weight.float() + weight_offset if weight_offset else weight)
+    return y.to(x.dtype)
 
 
 def add_rms_norm(x, residual, weight, eps, weight_offset, rounding):
