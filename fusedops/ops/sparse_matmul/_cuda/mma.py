@@ -62,9 +62,6 @@ def rejection(device_limits, a, values, metadata):
     """Why the kernel cannot take a call, or None."""
     if a.dtype not in NAMES:
         return f"mma.sp takes bfloat16, float16 and int8, got {str(a.dtype).removeprefix('torch.')}"
-    for name, tensor in (("values", values), ("metadata", metadata)):
-        if tensor.data_ptr() % ALIGNMENT:
-            return f"{name} must start at a multiple of {ALIGNMENT} bytes"
     if default(a.shape[0], values.shape[0], device_limits).shared_bytes(a.dtype) > device_limits.shared_memory:
         return f"a tile takes more than the {device_limits.shared_memory} bytes of shared memory of a block"
     return None
