@@ -188,17 +188,21 @@ class Selector:
             rejected.append(reason if len(self._kernels) == 1 else f"{kind}: {reason}")
         return None, rejected
 
+    def kernel_kind(self, args):
+        """The first kind of kernel that supports a call, or None."""
+        return self._kernel_of(args)[0]
+
     def _kernels_rejection(self, *args):
         kind, rejected = self._kernel_of(args)
         return None if kind is not None else "; ".join(rejected)
 
     def _run_first_kernel(self, *args, **kwargs):
-        return self._load(self._kernel_of(args)[0])[0](*args, **kwargs)
+        return self._load(self.kernel_kind(args))[0](*args, **kwargs)
 
     def module(self, implementation, args=None):
         """The module that holds an implementation; of an emulated one the kernels that would take a call, if given."""
         if implementation == "emulate":
-            found = None if args is None else self._kernel_of(args)[0]
+            found = None if args is None else self.kernel_kind(args)
             implementation = found or self._kernels[-1]
         name = implementation if implementation == "reference" else f"_{implementation}"
         return importlib.import_module(f"{self.package}.{name}")

@@ -219,17 +219,24 @@ def _without_memory(arg):
     return arg.detach()
 
 
-def record(operator, args, device_limits):
+_KINDS = {"cuda": "CUDA", "triton": "Triton"}
+
+
+def record(operator, args, device_limits, kinds=("triton",)):
     """The launches that an operator makes on a device.
 
     Raises:
-        ValueError: another implementation than the kernels runs there; the message has the reasons.
+        ValueError: another implementation than these kinds of kernels runs there; the message has the reasons.
     """
     implementation, rejected = operator.select(args, device_limits)
-    if implementation not in ("triton", "emulate"):
+    if implementation == "emulate":
+        with described(device_limits):
+            implementation = operator.kernel_kind(args)
+    if implementation not in kinds:
         reasons = "; ".join(f"{name}: {why}" for name, why in rejected) or f"FUSEDOPS_BACKEND={env.backend()}"
         raise ValueError(
-            f"inspect: {operator.name} must run on its kernels, on {device_limits.name} it runs on {implementation} "
+            f"inspect: {operator.name} must run on its {' or '.join(map(_KINDS.get, kinds))} kernels, "
+            f"on {device_limits.name} it runs on {implementation} "
             f"({reasons})"
         )
     launches = []
@@ -237,7 +244,7 @@ def record(operator, args, device_limits):
     def note(kernel, grid, arguments, keywords):
         launches.append(Launch(kernel, grid, arguments, keywords))
 
-    function = operator.launcher()
+    function = operator.launcher(implementation)
     with torch.no_grad(), described(device_limits), diverted(note):
         function(*args)
     return launches

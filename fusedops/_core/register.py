@@ -152,9 +152,13 @@ class Operator:
         """The implementation that would run, and the rejected ones with their reasons."""
         return self._selector.select(args, limits)
 
-    def launcher(self):
-        """The function that launches the operator's kernels."""
-        return self._selector.entry("triton")[0]
+    def launcher(self, kind="triton"):
+        """The function that launches the operator's kernels, ``"triton"`` or ``"cuda"``."""
+        return self._selector.entry(kind)[0]
+
+    def kernel_kind(self, args):
+        """Which kind of kernel would be emulated for a call, or None."""
+        return self._selector.kernel_kind(args)
 
     def module(self, implementation, args=None):
         """The module of an implementation; of an emulated one that of the kernels that would take a call, if given."""

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fusedops._core import cuda
 from fusedops._core.binding import bind
 from fusedops._core.inspection import record
 from fusedops._core.launch import ALIGNMENT
+from fusedops.warm import listing
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,33 @@ class Job:
     capability: int
 
 
+@dataclass(frozen=True)
+class CudaJob:
+    """A CUDA source to compile for a target, unless its machine code was shipped."""
+
+    source: str
+    target: str
+
+    @property
+    def name(self):
+        """As `listing` keeps it."""
+        return f"{listing.CUDA}{self.source}.cu for {self.target}"
+
+
 def of_calls(calls, device_limits):
     """(jobs, {operator: why it launches nothing}) of (operator, arguments) pairs."""
     jobs, seen, silent = {}, set(), {}
     for operator, args in calls:
         try:
-            launches = record(operator, args, device_limits)
+            launches = record(operator, args, device_limits, kinds=("cuda", "triton"))
         except ValueError as error:  # another implementation takes this call
             silent.setdefault(operator.name, str(error))
             continue
         for launch in launches:
+            if isinstance(launch.kernel, cuda.Kernel):
+                job = CudaJob(launch.kernel.source, launch.kernel.target)
+                jobs.setdefault(job, job)
+                continue
             key = _specialised(launch)
             if key in seen:
                 continue

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 from fusedops._core import env
+from fusedops._core.cuda import images
 from fusedops._core.files import write_whole
 
+CUDA = "CUDA "  # begins the name of a CUDA source; its hash is the source's
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -33,10 +35,13 @@ class Listing:
 
 
 def is_compiled(kernel):
-    """Whether Triton's cache on disk has a kernel, whole."""
+    """Whether a kernel is on disk, whole: in Triton's cache, or a CUDA source's machine code in the package or ours."""
     from triton.runtime.cache import get_cache_manager
 
     name, code = kernel
+    if name.startswith(CUDA):
+        source, _, target = name.removeprefix(CUDA).partition(".cu for ")
+        return images.is_kept(source, target, code)
     name = name[:150]  # Triton shortens names of files so
     group = get_cache_manager(code).get_group(f"{name}.json") or {}
     return f"{name}.json" in group and f"{name}.cubin" in group

@@ -7,6 +7,8 @@ import time
 
 from fusedops._core import cubin
 from fusedops._core.binding import Binding
+from fusedops._core.cuda import images
+from fusedops.warm import kernels
 
 
 def main():
@@ -26,6 +28,8 @@ def _done(job, launcher):
     """What became of a job, as plain data."""
     begun = time.perf_counter()
     try:
+        if isinstance(job, kernels.CudaJob):
+            return _cuda_done(job)
         found, compiled = compiled_now(job)
         if launcher:
             make_launcher(found)
@@ -33,6 +37,13 @@ def _done(job, launcher):
         return {"name": job.name, "error": f"{type(error).__name__}: {error}"}
     seconds = time.perf_counter() - begun
     return {"name": found.metadata.name, "hash": found.hash, "compiled": compiled, "seconds": seconds}
+
+
+def _cuda_done(job):
+    begun = time.perf_counter()
+    compiled = images.compile_now(job.source, job.target)[1]
+    made_from = images.fingerprint(job.source)
+    return {"name": job.name, "hash": made_from, "compiled": compiled, "seconds": time.perf_counter() - begun}
 
 
 def compiled_now(job):

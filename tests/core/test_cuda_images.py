@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 
-from fusedops._core import env
+from fusedops._core import cuda, env, inspection
 from fusedops._core.cuda import images, toolchain
+from fusedops._core.device import TARGETS
+from fusedops.warm import kernels, listing, worker
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = 'extern "C" __global__ void fusedops_nothing() {}\n'
@@ -150,6 +153,32 @@ def test_the_emulator_runs_committed_ptx_without_a_compiler(place, monkeypatch):
     assert images.ptx("nothing", "sm_86").endswith(".target\n")
     with pytest.raises(RuntimeError, match="neither nvcc nor NVRTC"):
         images.ptx("nothing", "sm_90a")
+
+
+def test_a_warm_up_compiles_a_source_once_for_all_of_its_kernels(place, monkeypatch):
+    compiler = Compiler(monkeypatch)
+    launches = [
+        inspection.Launch(cuda.Kernel("nothing", symbol, "sm_90a"), (1, 1, 1), [], {}) for symbol in ("first", "second")
+    ]
+    monkeypatch.setattr(kernels, "record", lambda *args, kinds: launches if "cuda" in kinds else None)
+    (job,), silent = kernels.of_calls([(None, ())], TARGETS["sm_90a"])
+    assert silent == {} and pickle.loads(pickle.dumps(job)) == job
+    assert not listing.is_compiled((job.name, images.fingerprint("nothing")))
+    done = worker._done(job, False)
+    assert done.pop("seconds") >= 0
+    made_from = images.fingerprint("nothing")
+    assert done == {"name": "CUDA nothing.cu for sm_90a", "hash": made_from, "compiled": True}
+    assert not worker._done(job, False)["compiled"] and compiler.made == ["sm_90a.cubin"]
+    assert listing.is_compiled((job.name, made_from)) and not listing.is_compiled((job.name, "0" * 24))
+    with env.override("FUSEDOPS_JIT", "forbid"):
+        assert images.find("nothing", "sm_90a").origin == "cached"
+
+
+def test_a_warm_up_says_that_there_is_no_compiler(place, monkeypatch):
+    Compiler(monkeypatch).there = False
+    commit_ptx(place, "sm_90a.ptx")
+    done = worker._done(kernels.CudaJob("nothing", "sm_90a"), False)
+    assert "neither nvcc nor NVRTC" in done["error"]
 
 
 @needs_nvcc

@@ -382,7 +382,7 @@ def test_two_configurations_side_by_side(printed):
 def test_what_cannot_be_inspected_ends_with_status_2(printed):
     found, errors = printed
     assert [state["status"] for _, state in (*found[4:6], *found[8:])] == [2] * 5
-    assert "fusedops inspect: rms_norm must run on its kernels, on Tesla T4 it runs on torch" in errors
+    assert "fusedops inspect: rms_norm must run on its Triton kernels, on Tesla T4 it runs on torch" in errors
     assert "fusedops inspect: rms_norm must launch a kernel" in errors
     assert "config must be one that H100 SXM holds and the kernel takes (block_m of" in errors
     assert "config must name parameters of the kernel (block_m" in errors and "got warps=8" in errors

@@ -41,9 +41,19 @@ def names():
     return sorted(path.stem for path in sources().glob("*.cu"))
 
 
+def fingerprint(name):
+    """A hash of a source and its headers as they were when it was first asked for."""
+    return _fingerprint(sources() / f"{name}.cu")
+
+
 @functools.cache
 def _fingerprint(source):
     return toolchain.fingerprint(source)
+
+
+def is_kept(name, target, made_from):
+    """Whether the best image for a GPU is there, from the source with this hash."""
+    return fingerprint(name) == made_from and _kept(name, products(target)[0]) is not None
 
 
 def products(target):
@@ -82,10 +92,10 @@ def find(name, target):
 
 
 def compile_now(name, target):
-    """(image, whether it had to be compiled), whatever FUSEDOPS_JIT says."""
+    """(image, whether it had to be compiled), whatever FUSEDOPS_JIT says. RuntimeError: there is no compiler."""
     best = products(target)[0]
     image = _kept(name, best)
-    return (image, False) if image is not None else (_made_or_ready(name, target, best), True)
+    return (image, False) if image is not None else (_compiled(name, best), True)
 
 
 def ptx(name, target):
@@ -106,7 +116,7 @@ def _made_or_ready(name, target, product):
 def _kept(name, product):
     """An image that was shipped or cached and is made from the source as it is, or None."""
     source = sources() / f"{name}.cu"
-    wanted = _fingerprint(source)
+    wanted = fingerprint(name)
     for path, origin in (
         (SHIPPED / f"{name}.{product}", "shipped"),
         (source.parent / "ptx" / f"{name}.{product}", "shipped as PTX"),
@@ -118,7 +128,7 @@ def _kept(name, product):
 
 
 def _cache_path(name, product):
-    return env.cache_dir() / "cuda" / f"{name}-{_fingerprint(sources() / f'{name}.cu')}.{product}"
+    return env.cache_dir() / "cuda" / f"{name}-{fingerprint(name)}.{product}"
 
 
 def _made_from(path):
