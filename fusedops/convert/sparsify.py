@@ -13,6 +13,7 @@ from fusedops.convert.schemes import num_bytes, sparse_scheme
 from fusedops.convert.select import DEFAULT_SKIP, select
 from fusedops.convert.training import ModelInTraining
 from fusedops.nn import Masked24Linear
+from fusedops.nn.sparse_24_linear import check_dense_below
 
 OP = "sparsify_"
 
@@ -65,7 +66,10 @@ def sparsify_(
     checks.check_choice(OP, "method", method, METHODS)
     if method == "wanda" and calibration is None:
         raise ValueError(f"{OP}: calibration must hold model inputs for method 'wanda', got None")
+    check_dense_below(OP, dense_below)
     check_conversion_options(OP, keep, progress)
+    if not isinstance(train, bool):
+        raise TypeError(f"{OP}: train must be a bool, got {type(train).__name__}")
     if train and keep == "cpu":
         raise ValueError(f"{OP}: keep must be False or True with train, got 'cpu'")
     scheme = sparse_scheme(dense_below)

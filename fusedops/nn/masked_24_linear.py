@@ -83,7 +83,10 @@ class Masked24Linear(nn.Linear):
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.apply_mask()
+        if self.mask.is_meta and not self.weight.is_meta:
+            self.choose()
+        else:
+            self.apply_mask()
 
     def _apply(self, fn, recurse=True):
         return super()._apply(keeping_dtypes(fn, [self.mask]), recurse)

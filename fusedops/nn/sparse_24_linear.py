@@ -17,6 +17,12 @@ EMPTY = 0x44  # metadata of two groups with the places 0 and 1
 _sparse_matmul = operators()["sparse_matmul"]
 
 
+def check_dense_below(op, rows):
+    """Raise ValueError where the option of that name is no number of rows."""
+    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+        raise ValueError(f"{op}: dense_below must be None or a number of rows from 1, got {rows!r}")
+
+
 class Sparse24Linear(QuantizedLinear):
     """Multiply by a weight of which 2 in every 4 consecutive columns of a row are stored, the others being 0.
 
@@ -72,9 +78,7 @@ class Sparse24Linear(QuantizedLinear):
         """See `QuantizedLinear.checked`."""
         options = super().checked(**options)
         checks.check_choice(cls.__name__, "format", options["format"], (None, *DENSE))
-        below = options["dense_below"]
-        if below is not None and (isinstance(below, bool) or not isinstance(below, int) or below < 1):
-            raise ValueError(f"{cls.__name__}: dense_below must be None or a number of rows from 1, got {below!r}")
+        check_dense_below(cls.__name__, options["dense_below"])
         return options
 
     @classmethod
@@ -111,12 +115,12 @@ class Sparse24Linear(QuantizedLinear):
             ValueError: the weight is not 2:4 and shall not be pruned (the first such group is named), or an option does
                 not fit.
         """
-        if prune or scores is not None:
-            cls.check_linear(linear)
-            weight = prune_24(linear.weight.detach(), scores=scores)
-            options = {"format": format, "dense_below": dense_below}
-            return cls._of(linear, cls.quantize_weight(weight, **options), options)
-        return super().from_linear(linear, format=format, dense_below=dense_below)
+        if not prune and scores is None:
+            return super().from_linear(linear, format=format, dense_below=dense_below)
+        cls.check_linear(linear)
+        options = cls.checked(format=format, dense_below=dense_below)
+        weight = prune_24(linear.weight.detach(), scores=scores)
+        return cls._of(linear, cls.quantize_weight(weight, **options), options)
 
     def decompress(self, dtype=None):
         """The weight ``[N, K]``, of codes times their scale, rounded to `dtype`, by default to the layer's."""

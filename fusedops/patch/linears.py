@@ -188,7 +188,7 @@ def unfit(linear, shared):
     """
     if "_hf_hook" in linear.__dict__:
         return f"accelerate's {type(linear._hf_hook).__name__} may move its parameters"
-    if linear._buffers:
+    if any(buffer is not None for buffer in linear._buffers.values()):
         return "it keeps a dense copy of its weight"
     if linear._forward_hooks or linear._forward_pre_hooks:
         return "it has hooks"
