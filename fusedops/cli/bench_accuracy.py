@@ -1,7 +1,8 @@
-"""Measure what each way to quantise a language model costs in perplexity, over a text that every machine has.
+"""Measure what each way to quantise or prune a language model costs in perplexity, over a text that every machine has.
 
-The float32 model, the bfloat16 model and one quantised model after the other, of the same weights. Activation ranges
-for SmoothQuant come from another part of the text than that which is predicted.
+The float32 model, the bfloat16 model and one converted model after the other, of the same weights. Activation ranges
+for SmoothQuant come from another part of the text than that which is predicted; what Wanda and fine-tuning see shares
+no longer run of tokens with it.
 """
 
 import argparse
@@ -9,54 +10,25 @@ import contextlib
 import hashlib
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusedops.cli import corpus, models, setting
 from fusedops.cli.console import CommandError, Console, check_output, first_line, write_json
+from fusedops.cli.ways import CALIBRATION_WINDOWS, STEPS, TUNED, WAYS, Data, chosen, held
 
 MIB = 2**20
-TOKENS, WINDOW, CALIBRATION_WINDOWS = 4096, 512, 8
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to hold the model.
-
-    Attributes:
-        label: What the table calls it.
-        scheme: Of `fusedops.quantize_`; None is the model as it is.
-        options: Further arguments of `fusedops.quantize_`.
-        calibrated: SmoothQuant, on the calibration part of the text.
-        goal: The most that it may add to the perplexity of the demo model over Python's text; None asks nothing.
-        below: The way whose perplexity it must stay below, where that is measured too.
-    """
-
-    label: str
-    scheme: str | None
-    options: dict = field(default_factory=dict)
-    calibrated: bool = False
-    goal: float | None = None
-    below: str | None = None
-
-
-WAYS = {
-    "float32": Way("float32", None),
-    "bfloat16": Way("bfloat16", None),
-    "int8-weight-only": Way("int8 weight-only", "int8-weight-only", goal=0.005),
-    "int8": Way("int8 W8A8", "int8"),
-    "int8-smoothquant": Way("int8 W8A8, SmoothQuant", "int8", calibrated=True, goal=0.025, below="int8"),
-    "fp8-weight-only": Way("fp8 weight-only", "fp8-weight-only", goal=0.025),
-    "fp8": Way("fp8 W8A8", "fp8", goal=0.035),
-    "int4-weight-only": Way("int4 weight-only, groups of 32", "int4-weight-only", goal=0.02),
-    "int4-weight-only-64": Way("int4 weight-only, groups of 64", "int4-weight-only", {"group_size": 64}),
-}
+TOKENS, WINDOW = 4096, 512
+SHARED_RUN = 16  # tokens: so long a run is no phrase that all texts have, but the same text
 
 
 def add_arguments(parser):
     """Declare the command's arguments."""
     setting.add_arguments(parser)
-    parser.add_argument("--schemes", type=_ways, metavar="NAME,...", help=f"default: {','.join(WAYS)}")
+    parser.add_argument("--schemes", type=_ways, metavar="NAME,...", help=f"some of {', '.join(WAYS)}")
+    parser.add_argument(
+        "--finetune", type=setting.positive, metavar="STEPS",
+        help=f"measure {TUNED[0]} too, with so many steps of one window each (where it is named alone: {STEPS})",
+    )  # fmt: skip
     parser.add_argument(
         "--tokens", type=setting.positive, default=TOKENS, metavar="N", help=f"to predict (default: {TOKENS})"
     )
@@ -69,11 +41,11 @@ def add_arguments(parser):
 
 
 def _ways(given):
-    chosen = given.split(",")
-    unknown = [name for name in chosen if name not in WAYS]
+    names = given.split(",")
+    unknown = [name for name in names if name not in WAYS]
     if unknown:
         raise argparse.ArgumentTypeError(f"must be some of {', '.join(WAYS)}, got {unknown[0]!r}")
-    return [name for name in WAYS if name in chosen or name == "float32"]
+    return names
 
 
 def run(args):
@@ -87,27 +59,36 @@ def run(args):
     check_output(args.json)
     text, about_text = _text(args.text)
     loaded = models.load(args.model, device, torch.float32, console)
-    evaluated, calibration = _parts(corpus.tokens(loaded.tokenizer, text), args, loaded.model)
+    data = _parts(corpus.tokens(loaded.tokenizer, text), args, loaded.model)
     environment = setting.environment(device, dtype, load)
     setting.describe(environment, console)
     about = {
         "model": loaded.name, "text": about_text, "tokens": args.tokens, "window": args.window,
-        "calibration_tokens": sum(map(len, calibration)), "environment": environment,
+        "calibration_tokens": sum(map(len, data.calibration)), "apart_tokens": sum(map(len, data.apart)),
+        "environment": environment,
     }  # fmt: skip
     console.line(in_words(about))
-    held = {torch.float32: loaded.model}
+    loads = {torch.float32: loaded.model}
     rows = []
-    for name in args.schemes or WAYS:
-        wanted = dtype if WAYS[name].scheme else getattr(torch, name)
-        if wanted not in held:
-            held[wanted] = models.load(args.model, device, wanted, console).model
-        rows.append(_row(name, held[wanted], evaluated, calibration, console))
+    for name in chosen(args.schemes, args.finetune is not None):
+        wanted = _dtype(name, dtype)
+        if wanted not in loads:
+            loads[wanted] = models.load(args.model, device, wanted, console).model
+        rows.append(_row(name, loads[wanted], data, args.finetune or STEPS, console))
     usual = args.model is None and args.text is None and (args.tokens, args.window) == (TOKENS, WINDOW)
     _judge(rows, usual)
     _print_table(rows, console)
     if args.json:
         write_json(args.json, {**about, "rows": rows})
     return int(any(row["error"] or row["goal_met"] is False for row in rows))
+
+
+def _dtype(name, dtype):
+    """What the model of a way computes in; a rate of 0.001 is below what 16-bit weights resolve."""
+    import torch
+
+    way = WAYS[name]
+    return getattr(torch, name) if way.is_plain else torch.float32 if way.recovers else dtype
 
 
 def _text(path):
@@ -126,7 +107,7 @@ def _text(path):
 
 
 def _parts(tokens, args, model):
-    """Windows to predict, from the beginning of the text, and inputs for calibration, from its end."""
+    """Windows to predict, from the beginning of the text; inputs from its end; inputs that repeat none of the first."""
     from fusedops.cli import perplexity
 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -137,8 +118,17 @@ def _parts(tokens, args, model):
         needed = args.tokens + 1 + args.window
         raise CommandError(f"the text must have {needed} tokens, the last window for calibration, got {len(tokens)}")
     calibration = tokens[-min(left, CALIBRATION_WINDOWS) * args.window :]
-    evaluated = perplexity.windows(tokens[: args.tokens + 1], args.window)
-    return evaluated, [inputs for inputs, _ in perplexity.windows([*calibration, 0], args.window)]
+    held_out, rest = tokens[: args.tokens + 1], tokens[args.tokens + 1 :]
+    rest = rest[len(rest) % args.window :]
+    apart = corpus.apart(_inputs(rest, args.window), held_out, SHARED_RUN)
+    return Data(perplexity.windows(held_out, args.window), _inputs(calibration, args.window), apart)
+
+
+def _inputs(tokens, length):
+    """Windows that are not predicted."""
+    from fusedops.cli import perplexity
+
+    return [inputs for inputs, _ in perplexity.windows([*tokens, 0], length)]
 
 
 def in_words(about):
@@ -150,37 +140,28 @@ def in_words(about):
     ).format(**about, digest=about["text"]["sha256"][:12])
 
 
-def _row(name, model, evaluated, calibration, console):
+def _row(name, model, data, steps, console):
     """What one way gives; its error where it does not take the model."""
     way = WAYS[name]
     row = {"scheme": name, "label": way.label, "perplexity": None, "seconds": None, "error": None}
     row |= {"layers": None, "weights": None, "weight_bytes": None}  # of the converted layers, scales included
+    row |= {"finetune": None}
     try:
-        row |= _measured(way, model, evaluated, calibration, console)
-    except (ValueError, TypeError, NotImplementedError) as error:  # what quantize_ raises; the other ways go on
+        row |= _measured(way, model, data, steps, console)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:  # of the conversion; the others go on
         row["error"] = first_line(error)
         console.line(f"{way.label} cannot run: {row['error']}")
     return row
 
 
-def _measured(way, model, evaluated, calibration, console):
+def _measured(way, model, data, steps, console):
     """Perplexity of one way, its seconds, and what its converted layers hold; the model stays as it was."""
-    import fusedops
     from fusedops.cli import perplexity
 
-    told = {}
     with console.step(way.label) as show, contextlib.ExitStack() as stack:
-        if way.scheme is not None:
-            options = {**way.options, "progress": lambda done, total: show(f"converting, {done} of {total}")}
-            if way.calibrated:
-                options["calibration"] = [one[None].to(model.device) for one in calibration]
-            handle = fusedops.quantize_(model, way.scheme, keep=True, **options)
-            stack.callback(handle.undo)
-            totals = handle.report.totals
-            told = {"layers": totals["quantized"], "weight_bytes": totals["bytes_after"]}
-            told["weights"] = totals["bytes_before"] // model.dtype.itemsize
-        start = time.perf_counter()
-        found = perplexity.perplexity(model, evaluated, lambda done: show(f"window {done} of {len(evaluated)}"))
+        model, told = held(way, model, data, steps, stack, console, show)
+        windows, start = data.evaluated, time.perf_counter()
+        found = perplexity.perplexity(model, windows, lambda done: show(f"window {done} of {len(windows)}"))
         told["seconds"] = time.perf_counter() - start
     return {**told, "perplexity": found if math.isfinite(found) else None}
 
@@ -196,15 +177,29 @@ def _judge(rows, usual):
     converted = next((row for row in rows if row["layers"]), None)
     for row in rows:
         way, value = WAYS[row["scheme"]], row["perplexity"]
-        if way.scheme is None and converted:
+        if way.is_plain and converted:
             row |= {name: converted[name] for name in ("layers", "weights")}
             row["weight_bytes"] = row["weights"] * getattr(torch, row["scheme"]).itemsize
         row["change"] = value / found["float32"] - 1 if value and found["float32"] else None
+        row["recovered"] = _recovered(value, found.get(way.recovers_of), found["float32"])
         row["goal"] = way.goal if usual else None
-        row["goal_met"] = None
-        if row["goal"] is not None:
-            other = found.get(way.below)
-            row["goal_met"] = row["change"] is not None and row["change"] <= way.goal and (not other or value < other)
+        row["asked"] = way.asks if usual else None
+        row["goal_met"] = _is_met(way, row, found) if row["asked"] else None
+
+
+def _recovered(value, untuned, exact):
+    """The share of the gap between two perplexities that is won back; None where one is not known."""
+    return (untuned - value) / (untuned - exact) if value and untuned and exact else None
+
+
+def _is_met(way, row, found):
+    """Whether a row reaches all that is asked of it."""
+    value, other = row["perplexity"], found.get(way.below)
+    if value is None or (way.goal is not None and not (row["change"] is not None and row["change"] <= way.goal)):
+        return False
+    if way.recovers and not (row["recovered"] is not None and row["recovered"] >= way.recovers):
+        return False
+    return not other or value < other
 
 
 def _print_table(rows, console):
@@ -221,9 +216,8 @@ def _print_table(rows, console):
 
 def in_cells(row):
     """Perplexity, its change and the goal as text; None where there is none."""
-    value, goal = row["perplexity"], None
-    if row["goal"] is not None:
-        below = WAYS[row["scheme"]].below
-        goal = f"{row['goal']:.1%}" + (f", below {WAYS[below].label}" if below else "")
-        goal += ": met" if row["goal_met"] else ": missed"
+    value = row["perplexity"]
+    goal = row["asked"] and f"{row['asked']}: {'met' if row['goal_met'] else 'missed'}"
+    if row["recovered"] is not None:
+        goal = f"{row['recovered']:.0%} of the gap won back" + (f"; {goal}" if goal else "")
     return value and f"{value:.3f}", row["change"] and f"{row['change']:+.2%}", goal

@@ -15,3 +15,17 @@ def of_python():
 def tokens(tokenizer, text):
     """Token ids of a text, without any that mark its start or end."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def apart(windows, held_out, length):
+    """Those of the windows (tensors of tokens) that share no run of `length` tokens with `held_out`.
+
+    A text may repeat itself: the reference of Python says the same under several of its topics.
+    """
+    known = _runs(held_out, length)
+    return [window for window in windows if known.isdisjoint(_runs(window.tolist(), length))]
+
+
+def _runs(tokens, length):
+    """All runs of consecutive tokens of a length."""
+    return {tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)}
