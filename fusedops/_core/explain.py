@@ -92,8 +92,9 @@ def explain(op, /, *args, target=None, **kwargs):
     """
     import fusedops
 
-    if op not in fusedops.OPERATORS:
-        raise ValueError(f"explain: op must be one of {', '.join(fusedops.OPERATORS)}, got {op!r}")
+    public = sorted(name for name in operators() if hasattr(fusedops, name))
+    if op not in public:
+        raise ValueError(f"explain: op must be one of {', '.join(public)}, got {op!r}")
     if target is not None and target not in TARGETS:
         raise ValueError(f"explain: target must be one of {', '.join(TARGETS)}, got {target!r}")
     return _explanation(op, *operator_call(getattr(fusedops, op), *args, **kwargs), TARGETS.get(target))

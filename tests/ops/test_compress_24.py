@@ -387,3 +387,16 @@ def test_without_kernels_there_is_no_fused_path_to_leave():
             warnings.simplefilter("error")
             assert is_24(prune_24(torch.ones(2, 8)))
     assert counters() == {("prune_24", "torch"): 3, ("is_24", "torch"): 3}
+
+
+def test_cost_counts_every_byte():
+    weight = torch.zeros(3, 70, dtype=torch.bfloat16)
+    compressed = 3 * (64 * 2 + 16)
+    for name, args, moved in (
+        ("prune_24", (weight,), 2 * 420),
+        ("is_24", (weight,), 420),
+        ("compress_24", (weight,), 420 + compressed),
+        ("decompress_24", compress_24(weight), 3 * 128 * 2 + compressed),
+    ):
+        told = fusedops.explain(name, *args)
+        assert told.bytes == moved and told.operations > 0 and told.backend == "torch"

@@ -179,14 +179,33 @@ def _fake_compress(weight):
     return weight.new_empty(N, ceil_div(K, 64) * VALUES), metadata
 
 
-def _register(schema, fake):
-    return register(schema, package=__name__, implementations=IMPLEMENTATIONS, fake=fake)
+def _cost(dense, *stored):
+    """What is read and written once, and a comparison with zero for each element of the dense weight."""
+    return sum(x.numel() * x.element_size() for x in (dense, *stored) if x is not None), dense.numel()
 
 
-_prune_24 = _register("prune_24(Tensor weight, Tensor? scores) -> Tensor", lambda w, scores: w.new_empty(w.shape))
-_is_24 = _register("is_24(Tensor weight) -> Tensor", lambda w: w.new_empty((), dtype=torch.bool))
-_compress_24 = _register("compress_24(Tensor weight) -> (Tensor, Tensor)", _fake_compress)
+def _cost_of_decompression(values, metadata, in_features):
+    dense = values.shape[0] * in_features
+    return _cost(values, metadata)[0] + dense * values.element_size(), dense
+
+
+def _register(schema, fake, cost):
+    return register(schema, package=__name__, implementations=IMPLEMENTATIONS, fake=fake, cost=cost)
+
+
+_prune_24 = _register(
+    "prune_24(Tensor weight, Tensor? scores) -> Tensor",
+    lambda weight, scores: weight.new_empty(weight.shape),
+    lambda weight, scores: _cost(weight, weight, scores),
+)
+_is_24 = _register("is_24(Tensor weight) -> Tensor", lambda weight: weight.new_empty((), dtype=torch.bool), _cost)
+_compress_24 = _register(
+    "compress_24(Tensor weight) -> (Tensor, Tensor)",
+    _fake_compress,
+    lambda weight: _cost(weight, *_fake_compress(weight.to("meta"))),
+)
 _decompress_24 = _register(
     "decompress_24(Tensor values, Tensor metadata, SymInt in_features) -> Tensor",
     lambda values, metadata, in_features: values.new_empty(values.shape[0], in_features),
+    _cost_of_decompression,
 )
