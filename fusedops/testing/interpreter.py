@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fusedops.testing import interpreter_speed
 from fusedops.testing.formats import (
     BFLOAT16,
     FLOAT8_E4M3FN,
@@ -137,51 +138,15 @@ def _replace_all(module) -> None:
     for operations, general in ((module.ReduceOps, "generic_reduce"), (module.ScanOps, "generic_scan")):
         _replace(operations, "apply_impl", _reduction(operations.apply_impl, general))
     if hasattr(module, "_LangPatchScope"):
-        _replace(module, "_patch_lang", _patch_once(module))
-    _replace(module, "_get_np_dtype", _known_dtypes(module._get_np_dtype))
+        _replace(module, "_patch_lang", interpreter_speed.patch_once(module))
+    _replace(module, "_get_np_dtype", interpreter_speed.known_dtypes(module._get_np_dtype))
+    described = interpreter_speed.known_shapes(tl.block_type.__init__, tl.tensor.__init__)
+    _replace(tl.block_type, "__init__", described[0])
+    _replace(tl.tensor, "__init__", described[1])
     compares = tuple(name for name in vars(builder) if name.startswith("create_fcmp"))
     for name in [name for name in vars(builder) if name.startswith("create_")]:
         if name not in _BITS_ONLY and name not in _REPAIRED and name not in compares:
             _replace(builder, name, _refuse_narrow(name, getattr(builder, name)))
-
-
-def _patch_once(module) -> Callable:
-    """Put the interpreter's functions into triton.language once a launch, not at each call of a jitted function.
-
-    That is idempotent while a launch lasts, and took a third of a launch's time.
-    """
-    import triton.language as tl
-
-    original, patched = module._patch_lang, []
-
-    class Scope(module._LangPatchScope):
-        def restore(self):
-            super().restore()
-            patched.clear()
-
-    def patch_lang(function):
-        languages = [lang for lang in (tl, tl.core) if any(value is lang for value in function.__globals__.values())]
-        if languages and all(lang in patched for lang in languages):
-            return Scope()
-        scope = Scope()
-        scope._changes = original(function)._changes
-        patched.extend(languages)
-        return scope
-
-    return patch_lang
-
-
-def _known_dtypes(original: Callable) -> Callable:
-    """The numpy dtype of a type, from a table that is made once instead of at each call."""
-    known: dict = {}
-
-    def numpy_dtype(triton_dtype):
-        name = triton_dtype.scalar.name
-        if name not in known:
-            known[name] = original(triton_dtype)
-        return known[name]
-
-    return numpy_dtype
 
 
 def _format_of(handle: object) -> Format | None:

@@ -61,3 +61,18 @@ def test_the_language_is_itself_again_after_a_launch_and_after_a_failure():
         launch(9)
     assert all(getattr(tl, name) is value for name, value in before.items())
     assert launch(2) == 48.0
+
+
+@pytest.mark.parametrize("element", [tl.float32, tl.pointer_type(tl.int8)])
+def test_a_shape_that_was_seen_is_described_as_the_first_time(element):
+    first = tl.block_type(element, [8, tl.constexpr(2)])
+    again = tl.block_type(element, first.shape)
+    assert again == first == tl.block_type(element, [8, 2]) and str(again) == str(first)
+    assert again.shape is first.shape and again.numel == 16 and again.element_ty is element
+    assert tl.block_type(element, [2, 8]) != first != tl.block_type(tl.float16, [8, 2])
+    tensors = [tl.tensor(None, kind) for kind in (first, again, element)]
+    assert [tensor.numel.value for tensor in tensors] == [16, 16, 1] and tensors[2].shape == ()
+    assert all(tensor.shape == (8, 2) and tensor.dtype is element for tensor in tensors[:2])
+    for size in (8.0, 3):  # equal to one that was seen, and never right
+        with pytest.raises((TypeError, ValueError), match="Shape element 0 must"):
+            tl.block_type(element, [size, 2])
