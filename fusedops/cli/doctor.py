@@ -41,6 +41,7 @@ def run(args):
         _driver(),
         *_gpus(),
         _compiler(),
+        *_cuda_kernels(),
         _emulator(),
         *_variables(),
         _cache(),
@@ -123,6 +124,43 @@ def _compiler():
     return Check(
         "c compiler", BROKEN if torch.cuda.is_available() else ABSENT, "Triton needs gcc or clang to launch kernels"
     )
+
+
+def _cuda_kernels():
+    """What was shipped of the CUDA kernels, what would compile the rest, and what would launch them."""
+    from fusedops._core.cuda import driver, images, toolchain
+
+    compiler = toolchain.found()
+    checks = [_cuda_source(name, compiler) for name in images.names()]
+    if compiler:
+        checks.append(Check("cuda compiler", OK, f"{compiler}, for machine code that was not shipped"))
+    else:
+        checks.append(Check("cuda compiler", ABSENT, "neither nvcc nor NVRTC (pip install nvidia-cuda-nvrtc)"))
+    try:
+        driver.library()
+    except RuntimeError as error:
+        return [*checks, Check("cuda launcher", ABSENT, first_line(error))]
+    return [*checks, Check("cuda launcher", OK, f"the driver's C interface in {driver.LIBRARY}")]
+
+
+def _cuda_source(name, compiler):
+    """What there is of one source: machine code and PTX that are made from it as it is."""
+    import torch
+
+    from fusedops._core import device as devices
+    from fusedops._core.cuda import images
+
+    found = [image for image in (images.kept(name, product) for product in images.PRODUCTS) if image is not None]
+    parts = [f"{image.product} {image.origin}" for image in found]
+    missing = [product for product in images.PRODUCTS if product not in {image.product for image in found}]
+    if missing:
+        parts.append(f"{', '.join(missing)} {'compiled at first use' if compiler else 'cannot be made here'}")
+    status = OK if found else ABSENT
+    if torch.cuda.is_available() and not compiler:
+        arch = devices.limits(torch.device("cuda", 0)).arch
+        if images.ready(name, arch) is None:
+            status, parts = BROKEN, [*parts, f"nothing can be loaded on {arch}"]
+    return Check(f"{name}.cu", status, "; ".join(parts))
 
 
 def _emulator():

@@ -13,6 +13,7 @@ from fusedops._core.files import write_whole
 PACKAGE = Path(__file__).resolve().parents[2]
 SHIPPED = PACKAGE / "_cubin"
 MANIFEST = "manifest.json"
+PRODUCTS = ("sm_80.cubin", "sm_90a.cubin", "sm_80.ptx", "sm_90a.ptx")  # all that any GPU or the emulator takes
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _fingerprint(source):
 
 def is_kept(name, target, made_from):
     """Whether the best image for a GPU is there, from the source with this hash."""
-    return fingerprint(name) == made_from and _kept(name, products(target)[0]) is not None
+    return fingerprint(name) == made_from and kept(name, products(target)[0]) is not None
 
 
 def products(target):
@@ -67,7 +68,7 @@ def products(target):
 def ready(name, target):
     """The best image that nothing must be compiled for by us, or None."""
     for product in products(target):
-        image = _kept(name, product)
+        image = kept(name, product)
         if image is not None:
             return image
     return None
@@ -80,7 +81,7 @@ def find(name, target):
         RuntimeError: it must be compiled, and there is no compiler, or FUSEDOPS_JIT=forbid.
     """
     best = products(target)[0]
-    image = _kept(name, best)
+    image = kept(name, best)
     if image is not None:
         return image
     if env.jit() == "forbid":
@@ -94,14 +95,14 @@ def find(name, target):
 def compile_now(name, target):
     """(image, whether it had to be compiled), whatever FUSEDOPS_JIT says. RuntimeError: there is no compiler."""
     best = products(target)[0]
-    image = _kept(name, best)
+    image = kept(name, best)
     return (image, False) if image is not None else (_compiled(name, best), True)
 
 
 def ptx(name, target):
     """PTX of a source for the emulator. RuntimeError: there is none, and no compiler that makes it."""
     product = products(target)[-1]
-    return (_kept(name, product) or _compiled(name, product)).content.decode()
+    return (kept(name, product) or _compiled(name, product)).content.decode()
 
 
 def _made_or_ready(name, target, product):
@@ -113,7 +114,7 @@ def _made_or_ready(name, target, product):
     return _compiled(name, product)
 
 
-def _kept(name, product):
+def kept(name, product):
     """An image that was shipped or cached and is made from the source as it is, or None."""
     source = sources() / f"{name}.cu"
     wanted = fingerprint(name)
