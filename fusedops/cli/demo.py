@@ -1,6 +1,7 @@
 """Watch a real language model answer through the fused operators, and compare its speed without them.
 
-With ``--quantize`` the model that answers is quantised too, and its speed stands beside that of the others.
+With ``--sparsify`` and ``--quantize`` the model that answers is pruned and quantised too, and its speed stands beside
+that of the others.
 """
 
 from fusedops.cli import models, quantized, setting
@@ -37,6 +38,11 @@ def add_arguments(parser):
         help="quantise the linear layers too; --dtype auto is then bfloat16, with the float32 model as a comparison",
     )
     parser.add_argument(
+        "--sparsify", nargs="?", const=quantized.METHODS[0], choices=quantized.METHODS, metavar="METHOD",
+        help="keep 2 of every 4 weights of the MLPs, by wanda (default, calibrated on Python's reference) or "
+        "magnitude; --dtype auto as with --quantize, int8 and fp8 of which go with it",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-compare", action="store_true", help="only the answer, without the unpatched model and the timing"
     )
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured to a file")
@@ -49,7 +55,8 @@ def run(args):
     console = Console()
     load = setting.load()
     models.require_transformers()
-    device, dtype = setting.place(args, cpu_dtype="bfloat16" if args.quantize else "float32")
+    name = quantized.name_of(args)
+    device, dtype = setting.place(args, cpu_dtype="bfloat16" if name else "float32")
     check_output(args.json)
     loaded = models.load(args.model, device, dtype, console)
     inputs = models.encode(loaded, args.prompt)
@@ -60,17 +67,17 @@ def run(args):
     handles = [handle]
     result = {"model": loaded.name, "prompt": args.prompt, **environment}
     result["replaced"] = dict(handle.report.counts)
-    if args.quantize:
-        shown["quantized"], handle, result["quantized"] = quantized.twin(loaded.model, args.quantize, console)
+    if name:
+        shown[name], handle, result[name] = quantized.twin(loaded, args.sparsify, args.quantize, console)
         handles.append(handle)
     result["answer"], answer_tokens = _answer(loaded, list(shown.values())[-1], inputs, args, console)
     status = 0
     if not args.no_compare:
-        if args.quantize and loaded.model.dtype != torch.float32:
+        if name and loaded.model.dtype != torch.float32:
             shown = {"float32": models.load(args.model, device, torch.float32, console).model, **shown}
         result.update(_compare(loaded, shown, inputs, args, answer_tokens, console))
-        if args.quantize:
-            quantized.compare(result, console)
+        if name:
+            quantized.compare(result, name, console)
         status = int(result["dtype"] == "float32" and not result["tokens"]["equal"])
     _print_implementations(result, handles, console)
     if args.json:

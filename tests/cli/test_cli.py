@@ -285,7 +285,7 @@ def test_demo_of_a_quantised_model_alone(capsys, tiny_model_directory, monkeypat
 
     monkeypatch.setattr(fusedops, "quantize_", refuses)
     status, _, err = run(capsys, "demo", "--model", tiny_model_directory, *options)
-    assert status == 2 and "this model cannot be quantised: quantize_: there is nothing to replace" in err
+    assert status == 2 and "this model cannot be converted: quantize_: there is nothing to replace" in err
 
 
 def test_table_is_aligned():
