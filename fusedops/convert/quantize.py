@@ -61,12 +61,14 @@ def quantize_(
     _check_options(scheme, calibration, smoothing, static, keep, progress)
     selection = select(OP, model, scheme, skip, takes_sparse=True)
     targets = selection.targets
+    if static:
+        _check_not_sparse(targets)
     batches = [] if calibration is None else checked_batches(OP, calibration)
     searches = SEARCHES if batches and smoothing is not None else 0
     step = Progress(progress, len(batches) + searches + len(targets))
     found = Calibration(model, targets, batches, step, smoothing) if batches else None
     if static:
-        _check_static(found)
+        _check_reached(found)
     return convert_all(model, scheme, selection, found=found, static=static, step=step, keep=keep)
 
 
@@ -101,11 +103,15 @@ def check_conversion_options(op, keep, progress):
         raise TypeError(f"{op}: progress must be callable, got {type(progress).__name__}")
 
 
-def _check_static(found):
-    for target, seen in found.observed.items():
+def _check_not_sparse(targets):
+    for target in targets:
         if isinstance(target.linear, Sparse24Linear):
-            what = "of a 2:4 sparse linear each row has its own scale"
+            what = "since of a 2:4 sparse linear each row has its own scale"
             raise ValueError(f"{OP}: static must be False, {what}, got True with {target.path}")
+
+
+def _check_reached(found):
+    for target, seen in found.observed.items():
         if seen.largest is None or not bool(seen.largest.isfinite().all()):
             what = "did not reach" if seen.largest is None else "gave NaN or infinity to"
             raise ValueError(f"{OP}: static must have a calibration for every linear; it {what} {target.path}")

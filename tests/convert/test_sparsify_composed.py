@@ -15,9 +15,6 @@ from tests.patch.quantized_models import counted
 from tests.patch.test_undo import assert_same, snapshot
 from tests.patch.tiny_models import logits, tiny, tokens, tower
 
-MODELS = ["own", "llama", "gemma3"]
-EIGHT_BITS = pytest.mark.parametrize("scheme", ["int8", "fp8"])
-
 
 def model_of(family):
     if family == "own":
@@ -33,8 +30,7 @@ def sparse_in(model):
 # ---- with quantize_
 
 
-@EIGHT_BITS
-@pytest.mark.parametrize("keep", [True, "cpu"])
+@pytest.mark.parametrize(("scheme", "keep"), [("int8", True), ("fp8", "cpu")])
 def test_quantised_after(scheme, keep):
     """Kept weights get codes, the others stay 0; undone in reverse order, bit for bit, and not in the other."""
     model, ids = tower(), tokens()
@@ -107,18 +103,17 @@ def test_quantised_twice():
         fusedops.sparsify_(model)
 
 
-@EIGHT_BITS
-def test_smoothing(scheme):
+def test_smoothing():
     """Factors move into sparse weights and out of their rows, and no zero becomes another number."""
     model, ids = tower(), tokens()
     fusedops.sparsify_(model, method="wanda", calibration=[ids])
     kept, out = {p: m.decompress() for p, m in sparse_in(model).items()}, logits(model, ids)
-    handle = fusedops.quantize_(model, scheme, calibration=[ids], keep=True)
+    handle = fusedops.quantize_(model, "int8", calibration=[ids], keep=True)
     assert len(handle.report.folded) > 8 and len(sparse_in(model)) == 16
     for path, module in sparse_in(model).items():
         weight = module.decompress()
         assert not weight[kept[path] == 0].any() and weight.any()
-    assert distance(logits(model, ids), out) < (0.08 if scheme == "int8" else 0.25)
+    assert distance(logits(model, ids), out) < 0.08
     handle.undo()
     assert torch.equal(logits(model, ids), out)
 
@@ -127,10 +122,11 @@ def test_static_is_refused():
     model, ids = tower(), tokens()
     fusedops.sparsify_(model, layers="w1")
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"static must be False, of a 2:4 sparse .*True with floors\.0\.mixing\.w1"):
+    with pytest.raises(
+        ValueError, match=r"static must be False, .*a 2:4 sparse .*True with floors\.0\.mixing\.w1"
+    ):
         fusedops.quantize_(model, "int8", calibration=[ids], static=True)
     assert_same(before, snapshot(model))
-    fusedops.quantize_(model, "int8", calibration=[ids], static=True, skip="w1")
 
 
 def test_tied_sparse_weights_stay_tied():
@@ -145,12 +141,11 @@ def test_tied_sparse_weights_stay_tied():
 # ---- with patch
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "scheme"), [("own", None), ("own", "fp8"), ("llama", "int8"), ("gemma3", None)])
 def test_patched_after(family, scheme):
     """Sparse linears with one input are one product, those of int8 after a norm that quantises; the bits stay."""
     model, ids = model_of(family), tokens()
-    exact = scheme == "int8" and family != "own"  # in which dense int8 linears change last bits too
+    exact = scheme == "int8"  # whose sums are
     before, expected = snapshot(model), logits(model, ids)
     handles = [fusedops.sparsify_(model, keep=True)]
     if scheme is not None:
@@ -179,8 +174,7 @@ def test_patched_after(family, scheme):
     assert torch.equal(logits(model, ids), expected)
 
 
-@pytest.mark.parametrize("first", ["patch", "sparsify"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "first"), [("own", "patch"), ("llama", "sparsify")])
 def test_patched_before(family, first):
     """A patched model is sparsified like any other; either can be undone first."""
     model, ids = model_of(family), tokens()
@@ -239,12 +233,11 @@ def train(model, steps=4, **options):
     return losses
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_train_and_convert(method):
+def test_train_and_convert():
     """A pruned transformer learns with its zeros, and its conversion has the very weights and the same results."""
     model, names = tower(), list(tower().state_dict())
     parameters = dict(model.named_parameters())
-    masked = fusedops.sparsify_(model, method=method, calibration=[tokens()], train=True)
+    masked = fusedops.sparsify_(model, method="wanda", calibration=[tokens()], train=True)
     assert "16 linears, 2:4" in repr(masked) and list(model.state_dict()) == names
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     before = {path: m.mask.clone() for path, m in model.named_modules() if isinstance(m, Masked24Linear)}
