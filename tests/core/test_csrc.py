@@ -1,7 +1,5 @@
 """csrc/cuda/common.cuh compiles for every target, with the instructions that it promises; setup.py compiles kernels."""
 
-import ctypes.util
-import importlib.metadata
 import importlib.util
 import json
 import re
@@ -12,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from fusedops._core import cubin
+from fusedops._core.cuda import toolchain
 
 pytestmark = pytest.mark.compile
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
-HAS_NVRTC = ctypes.util.find_library("nvrtc") is not None or any(
-    (found.name or "").startswith("nvidia-cuda-nvrtc") for found in importlib.metadata.distributions()
-)
+HAS_NVRTC = toolchain.find_nvrtc() is not None
 TARGETS = ("sm_80", "sm_90a", "sm_100a")
 
 KERNELS = """

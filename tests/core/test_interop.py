@@ -1,4 +1,4 @@
-"""Arrays of other libraries through every operator: what goes in shares its memory, results are of the caller's library.
+"""Arrays of other libraries through every operator: their memory goes in, results are of the caller's library.
 
 NumPy's arrays stand for CuPy's where memory and types matter. Where streams do, a library of one class records what is
 asked of it, and torch's own calls are replaced: no GPU is needed.
