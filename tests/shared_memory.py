@@ -11,6 +11,7 @@ import torch
 from fusedops.ops.attention import _triton as attention
 from fusedops.ops.paged_attention import _triton as paged
 from fusedops.ops.scaled_matmul import _triton as scaled
+from fusedops.ops.sparse_matmul import _triton as sparse
 
 SLACK = 2048  # sums over warps, rows of numbers beside the tiles, barriers
 _BYTES = {"fp32": 4, "i32": 4, "fp16": 2, "bf16": 2, "i8": 1, "u8": 1, "fp8e4nv": 1, "fp8e5": 1, "i1": 1, "i64": 8}
@@ -157,6 +158,11 @@ def _weight_only(launch):
     return max(moving + block_n * block_k * size, 4 * block_m * block_n) + SLACK
 
 
+def _sparse(launch):
+    tile = sparse.SparseConfig(launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"], 1, 4, launch.num_stages)
+    return sparse.shared_bytes(tile, launch.bytes["a_ptr"])
+
+
 _row = _tile("BLOCK_M", "BLOCK_N")
 _ESTIMATES = {
     "_rms_norm_kernel": _row,
@@ -187,6 +193,8 @@ _ESTIMATES = {
     "_scaled_matmul_hopper_kernel": _scaled_hopper,
     "_scaled_matmul_combine_kernel": _tile("BLOCK_N"),
     "_weight_only_kernel": _weight_only,
+    "_sparse_matmul_kernel": _sparse,
+    "_sparse_matmul_combine_kernel": _tile("BLOCK_N"),
     # three kernels have this name: what a program joins of parts is a tile of them at most
     "_combine_kernel": lambda launch: (_tile("BLOCK_SPLITS", "BLOCK_DV") if "BLOCK_DV" in launch.values
                                        else _tile("BLOCK_N"))(launch),

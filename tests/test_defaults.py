@@ -158,6 +158,15 @@ def weights():
         yield (empty(m, k, dtype=dtype), values, empty(n, groups, dtype=dtype)), {"zero": zero}
 
 
+def sparse_weights():
+    """What Triton multiplies: up to 64 rows, and float32; more are the CUDA kernels', which have tests of their own."""
+    layers, few = ((576, 576), (4096, 4096), (28672, 4096), (1000, 1056)), (1, 2, 8, 16, 17, 32, 33, 48, 63, 64)
+    for (n, k), m, dtype in itertools.product(layers, (*few, 65, 1000, 4096), (*DTYPES, torch.int8, FP8)):
+        if m in few or dtype == torch.float32:
+            metadata = torch.empty(n, -(-k // 128) * 16, dtype=torch.uint8, device="meta")
+            yield (empty(m, k, dtype=dtype), empty(n, -(-k // 64) * 32, dtype=dtype), metadata), {}
+
+
 GRIDS = {
     "rms_norm": functools.partial(norms, 1),
     "add_rms_norm": functools.partial(norms, 2),
@@ -182,6 +191,7 @@ GRIDS = {
     "int8_matmul": functools.partial(products, torch.int8),
     "fp8_matmul": functools.partial(products, FP8),
     "weight_only_matmul": weights,
+    "sparse_matmul": sparse_weights,
 }
 DIFFERENTIABLE = (
     "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "silu_mul", "gelu_mul", "rotary", "attention",

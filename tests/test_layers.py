@@ -89,7 +89,7 @@ class Source:
     @property
     def may_import_triton(self):
         in_operator = self.operator is not None and self.parts[2].split(".")[0] == "_triton"
-        return in_operator or self.parts in (("_core", "tl.py"), ("_core", "gl.py"))
+        return in_operator or self.parts in (("_core", "tl.py"), ("_core", "tl_epilogue.py"), ("_core", "gl.py"))
 
     @cached_property
     def imports(self):

@@ -133,6 +133,38 @@ def _float8_bits(x, CODE: tl.constexpr):
 
 
 @triton.jit
+def float8_as_half(x):
+    """Bytes of float8_e4m3fn as float16 of 2**-8 times their value, for GPUs that have no instruction for it.
+
+    A shift puts exponent and mantissa in place, whose bias is 8 less; NaN has the bits of a number there.
+    """
+    bits = x.to(tl.int16)
+    low = bits & 0x7F
+    half = ((bits & 0x80) << 8) | tl.where(low == 0x7F, 0x7E00, low << 7)
+    return half.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.constexpr_function
+def _is_interpreted():
+    """Asked where the kernel is compiled, which may be another process than the one that launches it."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def take_bytes(word, selector):
+    """The bytes of a uint32 that the selector's four lowest nibbles name, 0 to 3, or zeros, 4 to 7."""
+    if _is_interpreted():  # there are no instructions
+        taken = word & 0
+        for place in tl.static_range(4):
+            nibble = (selector >> (4 * place)) & 7
+            byte = (word >> ((nibble & 3) * 8)) & 0xFF
+            taken = taken | (tl.where(nibble < 4, byte, 0) << (8 * place)).to(tl.uint32)
+        return taken
+    else:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, selector], tl.uint32, True, 1)
+
+
+@triton.jit
 def tanh(x):
     """tanh to 2 float32 epsilons: an odd polynomial near 0, where the quotient of exponentials would cancel."""
     size = tl.abs(x)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fusedops
-from fusedops import quantize_int4, quantize_int8
+from fusedops import compress_24, prune_24, quantize_int4, quantize_int8
 from fusedops._core import env, tuning
 from fusedops._core.device import INTERPRETER, TARGETS
 from fusedops._core.explain import operator_call
@@ -59,6 +59,10 @@ def weight_only(rows):
     return (make_tensor((rows, 128), HALF, seed=0), values, scale), {"zero": zero[0]} if zero else {}
 
 
+def sparse(rows):
+    return (make_tensor((rows, 200), HALF, seed=0), *compress_24(prune_24(make_tensor((96, 200), HALF, seed=1)))), {}
+
+
 CALLS = {
     "rms_norm": lambda: ((*rows(), vector()), {}),
     "add_rms_norm": lambda: ((*rows(2), vector()), {}),
@@ -77,6 +81,8 @@ CALLS = {
     "int8_matmul small": lambda: (product(3), {"out_dtype": HALF}),
     "weight_only_matmul": lambda: weight_only(3),
     "weight_only_matmul many": lambda: weight_only(70),
+    "sparse_matmul": lambda: sparse(3),
+    "sparse_matmul many": lambda: sparse(70),
 }
 SAME_BITS = ("matmul", "norm", "rotary", "_mul")  # in the interpreter, which adds up a row in one order always
 SAMPLE = 3
@@ -135,6 +141,8 @@ ASKED = {
     "scaled_matmul_small": [(rows, columns, 4096, False) for rows in (1, 16, 64) for columns in (1024, 28672)],
     "weight_only_matmul": [(rows, 4096, depth, size, pack, group) for rows in (1, 16, 64, 2048) for depth in (576, 4096)
                            for size in (2, 4) for pack, group in ((1, None), (2, 32), (2, 128))],
+    "sparse_matmul": [(rows, 4096, depth, size, expand) for rows in (1, 16, 64, 2048) for depth in (576, 4096)
+                      for size, expand in ((4, False), (2, False), (1, False), (1, True))],
     "rms_norm": [(n,) for n in (1, 64, 576, 4096, 16384, 65536)],
 }  # fmt: skip
 
@@ -144,6 +152,7 @@ def bytes_of(name, config, fields, limits):
     import fusedops.ops.attention._triton as attention
     import fusedops.ops.paged_attention._triton as paged_attention
     import fusedops.ops.scaled_matmul._triton as scaled_matmul
+    import fusedops.ops.sparse_matmul._triton as sparse_matmul
 
     if name == "attention":
         return attention.shared_bytes(config, fields[3], fields[4])
@@ -151,6 +160,8 @@ def bytes_of(name, config, fields, limits):
         return paged_attention.shared_bytes(config, *fields[3:], limits)
     if name.startswith("scaled_matmul"):
         return scaled_matmul.shared_bytes(config, limits)
+    if name == "sparse_matmul":
+        return sparse_matmul.shared_bytes(config, fields[3])
     if name == "weight_only_matmul":
         stored = config.block_n * config.block_k // fields[4] + config.block_m * config.block_k * fields[3]
         return config.num_stages * stored
@@ -161,7 +172,7 @@ def bytes_of(name, config, fields, limits):
 @pytest.mark.parametrize("target", TARGETS)
 def test_known_bug_b57_no_candidate_is_more_than_a_device_holds(name, target):
     """sgl-project/sglang#28038: a default wanted 147,456 bytes of shared memory, the device had 101,376."""
-    for package in ("attention", "paged_attention", "int8_matmul", "weight_only_matmul", "rms_norm"):
+    for package in ("attention", "paged_attention", "int8_matmul", "weight_only_matmul", "sparse_matmul", "rms_norm"):
         operators()[package].module("triton")
     limits, tunable = TARGETS[target], tuning.tunables()[name]
     for fields in ASKED[name]:

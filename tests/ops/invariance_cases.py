@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import fusedops
+from fusedops.ops.compress_24 import reference as compression
 from fusedops.testing import make_tensor
 from tests.ops.common import EMULATED_TARGETS, as_tuple
 from tests.ops.paged_problems import problem
@@ -95,6 +96,19 @@ def weight_only(values, scale, dtype=F32, depth=1024, **options):
     def run(rows):
         x, residual = (torch.stack(part) for part in zip(*rows))
         return as_tuple(fusedops.weight_only_matmul(x, values, scale, residual=residual, **options))
+
+    return row, run
+
+
+def sparse(dtype=BF16, columns=72, depth=1024, **options):
+    stored = compression.compress_24(compression.prune_24(shared((columns, depth), dtype), None))
+
+    def row(seed, number):
+        return (drawn((depth,), dtype, seed, number),)
+
+    def run(rows):
+        a = torch.stack([one for (one,) in rows])
+        return as_tuple(fusedops.sparse_matmul(a, *stored, bias=shared((columns,)), **options))
 
     return row, run
 
@@ -226,6 +240,7 @@ CASES = {
     "weight_only int4": Case(
         *weight_only(*stored_weights("int4")[:2], BF16, zero=stored_weights("int4")[2]), many=(65,)
     ),
+    "sparse_matmul": Case(*sparse(activation="silu"), many=(2, 65)),
     "attention decode": Case(*sequences(1, 300), many=(2, 17), differs=("triton", 5)),
     "attention": Case(*sequences(40, 90, causal=True)),
     "attention long": Case(*sequences(80, 150, dim=64, dtype=BF16, causal=True), many=(2,)),

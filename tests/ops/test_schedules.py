@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fusedops
+from fusedops.ops.compress_24 import reference as compression
 from fusedops.ops.weight_only_matmul import reference
 from fusedops.testing import Budget, assert_accurate, make_tensor, ptx
 from tests.ops.common import EMULATED, using
@@ -108,6 +109,16 @@ def weigh(rows, kind, columns=600, gated=False):
     return fusedops.weight_only_matmul(x, values, scale, **options), ()
 
 
+def sparse(rows, dtype=DTYPE, columns=1100):
+    """By compressed weights of 40 rows; few rows of a and long ones of the weight are summed in parts."""
+    a, weight = (make_tensor((n, columns), torch.float32, seed=n) for n in (rows, 40))
+    a, weight = ((t * 8).round().clamp(-127, 127).to(dtype) for t in (a, weight))
+    options = {"bias": make_tensor((40,), torch.float32, seed=1), "activation": "silu"}
+    if dtype.itemsize == 1:
+        options |= {"scale_a": torch.rand(rows) / 64, "scale_b": torch.rand(40) / 64}
+    return fusedops.sparse_matmul(a, *compression.compress_24(compression.prune_24(weight, None)), **options), ()
+
+
 def four_bits():
     return reference.dequantized(*fusedops.quantize_int4(leaf(4, 100).detach()), 100, DTYPE), ()
 
@@ -147,6 +158,10 @@ CALLS = {
     "weight_only_matmul, float8, pairs": lambda: weigh(17, "fp8 block", 200, gated=True),
     "weight_only_matmul, 4 bits, pairs": lambda: weigh(3, "int4 group", gated=True),
     "weight_only_matmul, many rows": lambda: weigh(70, "int8 row", 130),
+    "sparse_matmul, one row": lambda: sparse(1),
+    "sparse_matmul, many rows": lambda: sparse(70, columns=200),
+    "sparse_matmul, integers": lambda: sparse(3, torch.int8),
+    "sparse_matmul, float8": lambda: sparse(17, torch.float8_e4m3fn, 200),
     "quantize_int4": four_bits,
     "rotary_write_kv_cache": lambda: write(fusedops.rotary_write_kv_cache, *(t[0] for t in angles(5, 64, DTYPE))),
 }

@@ -174,6 +174,8 @@ def test_what_is_no_number_stays_in_its_row(implementation):
 @pytest.mark.parametrize("rows", [3, 70], ids=["few rows", "tiles"])
 def test_metadata_of_any_bits_stays_in_its_row(rows, implementation, dtype):
     """What `compress_24` cannot have written has no meaning, but reads and writes nothing outside: rows beside it."""
+    if implementation.startswith("emulate"):
+        rows = min(rows, 64)  # more are multiplied by mma.sp, of which the emulator reports such metadata
     call = call_of(dtype, rows, 70, 200)
     a, values, metadata = call.args
     broken = metadata.clone()

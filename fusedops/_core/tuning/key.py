@@ -12,7 +12,8 @@ import torch
 SCHEMA = 1
 BUCKETS_AN_OCTAVE = 4
 MAX_DISTANCE = 2  # a neighbour's size is at most so many times this one's, and at least its inverse
-_SHARED = ("tl.py", "gl.py", "codes.py", "activations.py", "rows.py")  # of _core, what kernels are written with
+# of _core, what kernels are written with
+_SHARED = ("tl.py", "tl_epilogue.py", "gl.py", "codes.py", "activations.py", "rows.py")
 
 
 def bucket(size):

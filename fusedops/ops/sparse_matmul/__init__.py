@@ -49,7 +49,8 @@ def sparse_matmul(a, values, metadata, *, scale_a=None, scale_b=None, bias=None,
         scale_a, bias and activation follow in float32, rounded once at the end. NaN and infinity of a may reach a
         result through a zero of the weight, or not. Metadata that `compress_24` cannot have written gives numbers
         without a meaning, but is followed nowhere outside its own group.
-    Runs on: elsewhere than on CUDA 8.0 and newer torch, with some rows of the weight decompressed at a time.
+    Runs on: CUDA 8.0 and newer (up to 64 rows, and float32, Triton, else CUDA C++); elsewhere torch, with some rows of
+        the weight decompressed at a time.
     From: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, https://arxiv.org/abs/2104.08378
     """
     if out_dtype is None and isinstance(a, torch.Tensor):
@@ -149,7 +150,7 @@ _sparse_matmul = register(
     "sparse_matmul(Tensor a, Tensor values, Tensor metadata, Tensor? scale_a, Tensor? scale_b, Tensor? bias, "
     "ScalarType out_dtype, str? activation) -> Tensor",
     package=__name__,
-    implementations=("cuda", "torch", "reference"),
+    implementations=("cuda", "triton", "torch", "reference"),
     rows=("a", "scale_a"),
     fake=_fake,
     cost=_cost,

@@ -12,7 +12,7 @@ from triton.language.core import _aggregate as aggregate
 
 from fusedops._core.gl import barriers
 from fusedops._core.tl import activate, split_columns, times
-from fusedops.ops.scaled_matmul._triton.epilogue import to_float
+from fusedops._core.tl_epilogue import to_float
 
 GROUP_ROWS = gl.constexpr(64)  # rows of one warpgroup: the M of a WGMMA instruction
 NUM_GROUPS = gl.constexpr(2)

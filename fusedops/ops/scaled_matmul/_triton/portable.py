@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedops.ops.scaled_matmul._triton.epilogue import finish
+from fusedops._core.tl_epilogue import finish
 from fusedops.ops.scaled_matmul._triton.tiles import add_block, operand
 
 

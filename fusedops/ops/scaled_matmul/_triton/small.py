@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fusedops._core.tl import paired_rows, split_paired_rows
-from fusedops.ops.scaled_matmul._triton.epilogue import finish, finish_pairs
+from fusedops._core.tl_epilogue import finish, finish_pairs, sum_of_parts
 from fusedops.ops.scaled_matmul._triton.tiles import add_block, operand
 
 
@@ -70,11 +70,7 @@ def _scaled_matmul_combine_kernel(
     offs_m = tl.program_id(1) + tl.arange(0, 1)[:, None]
     first_n = tl.program_id(0) * BLOCK_N
     offs_n = (first_n + tl.arange(0, BLOCK_N))[None, :]
-    mask = (offs_m < M) & (offs_n < N)
-    acc = tl.zeros([1, BLOCK_N], parts_ptr.dtype.element_ty)
-    for split in range(num_splits):
-        rows = (split * M + offs_m).to(tl.int64)
-        acc += tl.load(parts_ptr + rows * N + offs_n, mask=mask, other=0)
+    acc = sum_of_parts(parts_ptr, offs_m, offs_n, M, N, num_splits)
     finish(
         acc, offs_m, first_n, scale_a_ptr, scale_b_ptr, bias_ptr, residual_ptr, out_ptr, stride_residual_m, M, N,
         ACTIVATION, GATED, SCALE_A, SCALE_B,

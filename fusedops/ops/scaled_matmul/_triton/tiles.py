@@ -3,15 +3,14 @@
 import triton
 import triton.language as tl
 
+from fusedops._core.tl import float8_as_half
+
 BLOCK = tl.constexpr(128)  # elements of a block that shares a scale, and of a sum that tensor cores add up in float8
 
 
 @triton.jit
 def operand(ptrs, first_k, offs_k, K, EVEN_K: tl.constexpr, EXPAND: tl.constexpr):
-    """Rows of a depth block. With EXPAND the bytes of float8_e4m3fn become float16 of 2**-8 times their value.
-
-    A shift puts exponent and mantissa in place, whose bias is 8 less; NaN has the bits of a number there.
-    """
+    """Rows of a depth block. With EXPAND the bytes of float8_e4m3fn become float16 of 2**-8 times their value."""
     if EVEN_K:
         x = tl.load(ptrs)
     elif EXPAND or ptrs.dtype.element_ty == tl.int8:
@@ -19,10 +18,7 @@ def operand(ptrs, first_k, offs_k, K, EVEN_K: tl.constexpr, EXPAND: tl.constexpr
     else:
         x = tl.load(ptrs, mask=offs_k < K - first_k, other=0.0)
     if EXPAND:
-        bits = x.to(tl.int16)
-        low = bits & 0x7F
-        half = ((bits & 0x80) << 8) | tl.where(low == 0x7F, 0x7E00, low << 7)
-        x = half.to(tl.int16).to(tl.float16, bitcast=True)
+        x = float8_as_half(x)
     return x
 
 

@@ -1,4 +1,8 @@
-"""What follows the product, in float32: scales, bias, activation, residual and the rounding to the result."""
+"""What follows a product, in float32: scales, bias, activation, residual and the rounding to the result.
+
+Kinds of scales are "one" for all, "row" for one each, "block" where the sums have been multiplied by them already, and
+"none".
+"""
 
 import triton
 import triton.language as tl
@@ -19,10 +23,21 @@ def to_float(acc):
 
 
 @triton.jit
+def sum_of_parts(parts_ptr, offs_m, offs_n, M, N, num_parts):
+    """Sums [rows, columns] of parts [num_parts, M, N] in their order; offs_m is [.., 1], offs_n [1, ..]."""
+    mask = (offs_m < M) & (offs_n < N)
+    acc = tl.zeros(mask.shape, parts_ptr.dtype.element_ty)
+    for part in range(num_parts):
+        rows = (part * M + offs_m).to(tl.int64)
+        acc += tl.load(parts_ptr + rows * N + offs_n, mask=mask, other=0)
+    return acc
+
+
+@triton.jit
 def real(
     acc, offs_m, offs_n, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr
 ):
-    """Sums at rows offs_m [.., 1] and columns offs_n [1, ..] with scales and bias. Scales of blocks are in the sums."""
+    """Sums at rows offs_m [.., 1] and columns offs_n [1, ..] with scales and bias."""
     x = to_float(acc)
     if SCALE_A == "one":
         x *= tl.load(scale_a_ptr)
@@ -30,7 +45,7 @@ def real(
         x *= tl.load(scale_a_ptr + offs_m, mask=offs_m < M, other=0.0)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    if SCALE_B != "block":
+    if SCALE_B == "row" or SCALE_B == "one":
         if SCALE_B == "row":
             scale = tl.load(scale_b_ptr + offs_n, mask=offs_n < N, other=0.0)
         else:
