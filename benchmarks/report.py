@@ -18,12 +18,14 @@ from _rows import EAGER, ON_DEVICE, ROOT, error, goal, microseconds, ratio, shar
 RESULTS = ROOT / "benchmarks/results"
 SERVING = RESULTS / "serving"  # what `fusedops bench model --json` wrote
 ACCURACY = RESULTS / "accuracy"  # what `fusedops bench accuracy --json` wrote
-DEMO = RESULTS / "demo"  # what `fusedops demo --quantize --json` wrote
-PAGES = ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("performance", "serving", "quantization"))
+DEMO = RESULTS / "demo"  # what `fusedops demo --json` wrote with --quantize or --sparsify
+WITH_TABLES = ("performance", "serving", "quantization", "sparsity")
+PAGES = ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in WITH_TABLES)
 IMAGES = ROOT / "docs/images"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- results end -->)", re.DOTALL)
 NOTHING = "No GPU has been measured yet, so there is no figure.\n"
 MIB = 2**20
+NAMED = {"quantized": "quantised", "sparse": "sparse"}  # models of `fusedops demo`, as its JSON and as pages name them
 
 # What the README shows, on a GPU: (operator, shape, dtype)
 HEADLINES = (
@@ -192,20 +194,60 @@ def machine(about):
     return f"{about['device']}, {threads}, {versions}, {about['date'][:10]}"
 
 
-def accuracy(paths):
-    """A table for each run of `fusedops bench accuracy`, a line for each way to hold the weights."""
+def accuracy(paths, sparse=False):
+    """A table for each run of `fusedops bench accuracy`: the model as it is, and its quantised or its pruned ways."""
     text = ""
     for path in paths:
         told = json.loads(path.read_text())
-        dtype = told["environment"]["dtype"]
+        rows = [row for row in told["rows"] if is_plain(row) or is_sparse(row) == sparse]
+        if all(map(is_plain, rows)):
+            continue
+        dtype, kind = told["environment"]["dtype"], "pruned" if sparse else "quantised"
         text += (
             f"{told['model']}, {told['tokens']} tokens in windows of {told['window']} of {told['text']['source']} "
-            f"(SHA-256 {told['text']['sha256'][:12]}…); quantised models compute in {dtype}. "
+            f"(SHA-256 {told['text']['sha256'][:12]}…); {kind} models compute in {dtype}. "
             f"{machine(told['environment'])}.\n\n"
         )
+        if sparse:
+            text += sparse_table(rows)
+            continue
         header = ("weights, activations", "perplexity:", "change:", "goal:", "converted layers, MiB:", "of bfloat16's:")
-        text += markdown(header, [line_of_weights(row) for row in told["rows"]]) + "\n"
+        text += markdown(header, [line_of_weights(row) for row in rows]) + "\n"
     return text or "Not measured yet.\n"
+
+
+def is_sparse(row):
+    """Whether an accuracy row is of a pruned model."""
+    return row.get("scheme", "").startswith("sparse")
+
+
+def is_plain(row):
+    """Whether an accuracy row is of the model as it is."""
+    return row.get("scheme", row["label"]) in ("float32", "bfloat16")
+
+
+def sparse_table(rows):
+    """The table of pruned models, and a line on how each fine-tuned one was trained."""
+    header = ("weights", "perplexity:", "times dense's:", "gap won back:", "goal", "layers:", "MiB:", "of bfloat16's:")
+    lines = []
+    for row in rows:
+        asked, won = row["asked"], row["recovered"]
+        value, change, *_, size, share = line_of_weights(row)[1:]
+        lines.append([
+            row["label"], value, f"{row['change'] + 1:.2f}" if change else "", "" if won is None else f"{won:.0%}",
+            f"{asked}: {'met' if row['goal_met'] else 'missed'}" if asked else "",
+            "" if is_plain(row) else str(row["layers"]), size, share,
+        ])  # fmt: skip
+    text = markdown(header, lines) + "\n"
+    for row in rows:
+        if row["finetune"]:
+            of = row["finetune"]
+            first, last = of["losses"][0], sum(of["losses"][-8:]) / len(of["losses"][-8:])
+            text += (
+                f"{row['label']}: {of['steps']} steps over {of['tokens']} tokens in {of['seconds'] / 60:.1f} minutes; "
+                f"the loss fell from {first:.2f} to {last:.2f}, the mean of the last 8.\n\n"
+            )
+    return text
 
 
 def line_of_weights(row):
@@ -219,22 +261,26 @@ def line_of_weights(row):
     ]  # fmt: skip
 
 
-def quantized_demo(paths):
-    """A table for each run of `fusedops demo --quantize`, a line for each model in it."""
+def converted_demo(paths, name):
+    """A table for each run of `fusedops demo` with a converted model of this name, a line for each model in it."""
     text = ""
     for path in paths:
         told = json.loads(path.read_text())
-        of, ratios = told["quantized"], told["times_as_fast_as"]
+        if name not in told:
+            continue
+        of, ratios = told[name], told["times_as_fast_as"]
+        what = [f"2:4 on MLPs by {of['method']}"] if of.get("method") else []
+        what += [of["scheme"]] if of["scheme"] else []
         text += (
-            f"{told['model']} in {told['dtype']}, {of['scheme']}: {of['layers']} layers converted, "
+            f"{told['model']} in {told['dtype']}, {', '.join(what)}: {of['layers']} layers converted, "
             f"{of['weight_bytes'] / MIB:.1f} MiB, {of['times_bfloat16']:.2f} of bfloat16's. {machine(told)}.\n\n"
         )
-        header = ("model", "first token, ms:", "between tokens, ms:", "tokens/s:", "quantised, times as fast:")
+        header = ("model", "first token, ms:", "between tokens, ms:", "tokens/s:", f"{NAMED[name]}, times as fast:")
         lines = []
-        for name, one in told["summary"].items():
-            ratio = f"{ratios[name]['between_tokens']:.2f}" if name in ratios else ""
+        for model, one in told["summary"].items():
+            ratio = f"{ratios[model]['between_tokens']:.2f}" if model in ratios else ""
             first, between = (f"{one[key] * 1e3:.1f}" for key in ("first_token", "between_tokens"))
-            lines.append([name, first, between, f"{one['tokens_per_second']:.1f}", ratio])
+            lines.append([model, first, between, f"{one['tokens_per_second']:.1f}", ratio])
         text += markdown(header, lines) + "\n"
     return text or "Not measured yet.\n"
 
@@ -254,7 +300,9 @@ def updated(text, rows):
     makers = {"summary": summary, "tables": tables}
     makers |= {"serving": lambda rows: serving(served), "served": lambda rows: serving(served[:1])}
     makers["accuracy"] = lambda rows: accuracy(sorted(ACCURACY.glob("*.json")))
-    makers["quantized"] = lambda rows: quantized_demo(sorted(DEMO.glob("*.json")))
+    makers["sparse_accuracy"] = lambda rows: accuracy(sorted(ACCURACY.glob("*.json")), sparse=True)
+    for name in NAMED:
+        makers[name] = lambda rows, name=name: converted_demo(sorted(DEMO.glob("*.json")), name)
     names = [name for _, name, _ in BLOCK.findall(text)]
     if not names or set(names) - set(makers):
         raise ValueError(f"report: a page must have tables named {' or '.join(makers)}, found {names}")

@@ -137,10 +137,55 @@ def test_tables_of_the_quantised_demo(report, tmp_path):
         "times_as_fast_as": {"unpatched": {"between_tokens": 2.0}},
     }  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps(told))
-    text = report.quantized_demo([tmp_path / "a.json"])
+    text = report.converted_demo([tmp_path / "a.json"], "quantized")
     assert "tiny in bfloat16, fp8: 14 layers converted, 2.0 MiB, 0.50 of bfloat16's. A CPU, 2 threads, torch" in text
     assert "| unpatched | 50.0 | 20.0 | 48.8 | 2.00 |" in text and "| quantized | 50.0 | 10.0 | 48.8 |  |" in text
-    assert report.quantized_demo([]) == "Not measured yet.\n"
+    assert report.converted_demo([], "quantized") == "Not measured yet.\n"
+
+
+def test_pruned_models_have_tables_of_their_own(report, tmp_path):
+    row_of = {
+        "error": None, "weights": 2**21, "seconds": 1.0, "layers": 3, "goal": None, "weight_bytes": 2**22,
+        "recovered": None, "finetune": None, "asked": None, "goal_met": None,
+    }  # fmt: skip
+    tuned = {"steps": 10, "tokens": 5120, "seconds": 90.0, "losses": [2.0, *[1.0] * 8, 0.5]}
+    told = {
+        "model": "tiny", "tokens": 4096, "window": 512, "environment": {**MACHINE, "dtype": "float32"},
+        "text": {"source": "words.txt", "sha256": "0123456789abcdef"},
+        "rows": [
+            {**row_of, "scheme": "float32", "label": "float32", "perplexity": 20.0, "change": 0.0},
+            {**row_of, "scheme": "int8", "label": "int8 W8A8", "perplexity": 20.2, "change": 0.01},
+            {**row_of, "scheme": "sparse-x", "label": "2:4", "perplexity": 50.0, "change": 1.5, "asked": "below y",
+             "goal_met": True},
+            {**row_of, "scheme": "sparse-z", "label": "2:4 tuned", "perplexity": 30.0, "change": 0.5,
+             "recovered": 2 / 3, "asked": "at least 33%", "goal_met": False, "finetune": tuned},
+        ],
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    text = report.accuracy([tmp_path / "a.json"], sparse=True)
+    assert "pruned models compute in float32. A CPU" in text and "int8" not in text
+    assert "| float32 | 20.000 | 1.00 |  |  |  | 4.0 | 1.00 |" in text
+    assert "| 2:4 | 50.000 | 2.50 |  | below y: met | 3 | 4.0 | 1.00 |" in text
+    assert "| 2:4 tuned | 30.000 | 1.50 | 67% | at least 33%: missed | 3 | 4.0 | 1.00 |" in text
+    assert "2:4 tuned: 10 steps over 5120 tokens in 1.5 minutes; the loss fell from 2.00 to 0.94" in text
+    dense = report.accuracy([tmp_path / "a.json"])
+    assert "2:4" not in dense and "| int8 W8A8 | 20.200 | +1.00% |" in dense
+    told["rows"] = told["rows"][:2]
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    assert report.accuracy([tmp_path / "a.json"], sparse=True) == "Not measured yet.\n"
+
+
+def test_tables_of_the_sparse_demo(report, tmp_path):
+    one = {"first_token": 0.05, "between_tokens": 0.02, "tokens_per_second": 48.76}
+    told = {
+        "model": "tiny", **MACHINE, "dtype": "bfloat16",
+        "sparse": {"method": "wanda", "scheme": "int8", "layers": 14, "weight_bytes": 2**21, "times_bfloat16": 0.3},
+        "summary": {"unpatched": one, "sparse": one}, "times_as_fast_as": {"unpatched": {"between_tokens": 1.0}},
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    text = report.converted_demo([tmp_path / "a.json"], "sparse")
+    assert "tiny in bfloat16, 2:4 on MLPs by wanda, int8: 14 layers converted, 2.0 MiB, 0.30 of bfloat16's" in text
+    assert "sparse, times as fast |" in text and report.converted_demo([tmp_path / "a.json"], "quantized")[:3] == "Not"
 
 
 @pytest.mark.parametrize("page", ["no table", "<!-- results: nonsense -->\n<!-- results end -->"])
