@@ -22,3 +22,17 @@ using namespace fusedops;
 MMA_KERNELS(bf16, BFloat16)
 MMA_KERNELS(f16, Half)
 MMA_KERNELS(int8, signed char)
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// wgmma.sp: 128 rows of the weight x BLOCK_M rows of a. Float8 has two sums, of which 256 rows do not fit the registers.
+#define WGMMA_KERNELS(NAME, KIND)        \
+    SPARSE_MATMUL_WGMMA(NAME, KIND, 64)  \
+    SPARSE_MATMUL_WGMMA(NAME, KIND, 128) \
+    SPARSE_MATMUL_WGMMA(NAME, KIND, 256)
+
+WGMMA_KERNELS(bf16, Bf16)
+WGMMA_KERNELS(f16, Fp16)
+WGMMA_KERNELS(int8, Int8)
+SPARSE_MATMUL_WGMMA(fp8, Fp8, 64)
+SPARSE_MATMUL_WGMMA(fp8, Fp8, 128)
+#endif

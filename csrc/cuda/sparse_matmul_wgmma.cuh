@@ -283,8 +283,8 @@ DEVICE void consume(Ring<Tile> ring, const Work<Tile>& work, const Epilogue& epi
 template <class Tile>
 DEVICE void sparse_matmul_wgmma(const TensorMap* values_map, const TensorMap* metadata_map, const TensorMap* a_map,
                                 const Work<Tile>& work, const Epilogue& epilogue, const Output& output) {
-    extern __shared__ __align__(1024) u8 smem[];
-    Ring<Tile> ring{shared_address(smem)};
+    extern __shared__ __align__(1024) u8 ring_smem[];
+    Ring<Tile> ring{shared_address(ring_smem)};
     if (threadIdx.x == 0) {
         for (; ring.stage < Tile::NUM_STAGES; ring.stage++) {
             mbarrier_init(ring.full(), 1);

@@ -2,7 +2,7 @@
 
 from fusedops._core import invariance
 from fusedops._core.device import limits
-from fusedops.ops.sparse_matmul._cuda import mma
+from fusedops.ops.sparse_matmul._cuda import mma, wgmma
 from fusedops.ops.sparse_matmul._cuda.epilogue import Epilogue
 
 FEW_ROWS = 64  # up to which the weight's bytes are all that counts; the Triton kernel is made for them
@@ -12,12 +12,22 @@ def supports(a, values, metadata, scale_a, scale_b, bias, out_dtype, activation)
     """Why no kernel takes the call, or None. Batch-invariant calls have one kernel for any number of rows."""
     if a.shape[0] <= FEW_ROWS and not invariance.enabled():
         return f"its tiles are for more than {FEW_ROWS} rows, got {a.shape[0]}"
-    return mma.rejection(limits(a.device), a, values, metadata)
+    device_limits = limits(a.device)
+    reasons = [kernel.rejection(device_limits, a, values, metadata) for kernel in (wgmma, mma)]
+    return None if None in reasons else "; ".join(reasons)
 
 
-def config(op, device_limits, a, values, *rest):
+def config(op, device_limits, a, values, metadata, *rest):
     """The configuration of one call."""
-    return mma.default(a.shape[0], values.shape[0], device_limits)
+    return _kernel(device_limits, a, values, metadata)[1]
+
+
+def _kernel(device_limits, a, values, metadata):
+    """The kernel that takes a call, the one of Hopper where it can, and its tile."""
+    rows, columns = a.shape[0], values.shape[0]
+    if wgmma.rejection(device_limits, a, values, metadata) is None:
+        return wgmma, wgmma.default(rows, columns, a.dtype, device_limits)
+    return mma, mma.default(rows, columns, device_limits)
 
 
 def sparse_matmul(a, values, metadata, scale_a, scale_b, bias, out_dtype, activation):
@@ -30,6 +40,6 @@ def sparse_matmul(a, values, metadata, scale_a, scale_b, bias, out_dtype, activa
     values, metadata = (x.clone() if x.data_ptr() % mma.ALIGNMENT else x for x in (values, metadata))
     device_limits = limits(a.device)
     epilogue = Epilogue.of(scale_a, scale_b, bias, out_dtype, activation)
-    tile = mma.default(rows, columns, device_limits)
-    mma.launch(tile, device_limits, a, values, metadata, epilogue, out)
+    kernel, tile = _kernel(device_limits, a, values, metadata)
+    kernel.launch(tile, device_limits, a, values, metadata, epilogue, out)
     return out
