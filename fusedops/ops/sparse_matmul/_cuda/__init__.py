@@ -23,9 +23,13 @@ def config(op, device_limits, a, values, metadata, *rest):
 
 
 def _kernel(device_limits, a, values, metadata):
-    """The kernel that takes a call, the one of Hopper where it can, and its tile."""
+    """The kernel that takes a call, the one of Hopper where it can, and its tile.
+
+    That one asks where a starts; a that starts elsewhere is copied for it only if there is no other kernel.
+    """
     rows, columns = a.shape[0], values.shape[0]
-    if wgmma.rejection(device_limits, a, values, metadata) is None:
+    rejected = [kernel.rejection(device_limits, a, values, metadata) for kernel in (mma, wgmma)]
+    if rejected[1] is None and (rejected[0] is not None or not wgmma.misses(a)):
         return wgmma, wgmma.default(rows, columns, a.dtype, device_limits)
     return mma, mma.default(rows, columns, device_limits)
 
@@ -41,5 +45,7 @@ def sparse_matmul(a, values, metadata, scale_a, scale_b, bias, out_dtype, activa
     device_limits = limits(a.device)
     epilogue = Epilogue.of(scale_a, scale_b, bias, out_dtype, activation)
     kernel, tile = _kernel(device_limits, a, values, metadata)
+    if kernel is wgmma and wgmma.misses(a):
+        a = a.new_empty_strided(a.shape, a.stride()).copy_(a)
     kernel.launch(tile, device_limits, a, values, metadata, epilogue, out)
     return out
