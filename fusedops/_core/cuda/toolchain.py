@@ -37,10 +37,12 @@ def find_nvcc():
 
 def find_nvrtc():
     """NVRTC's library, from NVIDIA's Python packages or from the system, or None."""
-    packaged = [found for entry in sys.path for found in Path(entry or ".").glob("nvidia/**/libnvrtc.so.*")]
-    for name in (*map(str, sorted(packaged)), *_NVRTC_NAMES):
+    packaged = [found for entry in sys.path for found in Path(entry or ".").absolute().glob("nvidia/**/libnvrtc.so.*")]
+    for path in (*sorted(packaged), *map(Path, _NVRTC_NAMES)):
         try:
-            return ctypes.CDLL(name)
+            for part in path.parent.glob("libnvrtc-builtins.so.*") if path.is_absolute() else ():
+                ctypes.CDLL(str(part))  # NVRTC asks for it by its name, which the loader then knows
+            return ctypes.CDLL(str(path))
         except OSError:
             continue
     return None
