@@ -16,7 +16,7 @@ def test_the_examples_run(tiny_model_directory, tmp_path, monkeypatch, capsys):
     pytest.importorskip("accelerate", reason="reading a checkpoint of ours needs accelerate")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.M)
-    assert len(blocks) == 5 and sum(MODEL in block for block in blocks) == 1
+    assert len(blocks) == 6 and sum(MODEL in block for block in blocks) == 1
     names = {}
     for block in blocks:
         exec(block.replace(MODEL, repr(str(tiny_model_directory))), names)
