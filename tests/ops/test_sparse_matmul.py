@@ -147,6 +147,27 @@ def test_scales_multiply(implementation):
 
 
 @EACH_DTYPE
+@WITH_KERNELS
+@pytest.mark.parametrize("rows", [1, 70], ids=["few rows", "tiles"])
+def test_nothing_is_rounded_before_the_end(rows, implementation, dtype):
+    """Half a step of the result's dtype from the sum, the other half from a bias of float32: together a whole one."""
+    out_dtype = torch.bfloat16 if dtype in CODES else dtype
+    half = torch.finfo(out_dtype).eps / 2
+    weight = torch.zeros(3, 70)
+    weight[:, 66] = 1.0
+    call = Call(torch.ones(rows, 70).to(dtype), weight.to(dtype), {"bias": torch.full((3,), 1.0 + half)})
+    if dtype in CODES:
+        call.options["scale_b"] = torch.tensor(half)
+    else:
+        call.args = call.a * half, *call.args[1:]
+    if dtype == torch.float32:
+        call.options["bias"] = torch.ones(3)
+        call.args = call.a * 2 * half, *call.args[1:]
+    with using(implementation):
+        assert torch.equal(call.run(), torch.full((rows, 3), 1.0 + 2 * half, dtype=out_dtype))
+
+
+@EACH_DTYPE
 @EVERY_IMPLEMENTATION
 def test_empty_and_single(implementation, dtype):
     with using(implementation):
@@ -195,3 +216,12 @@ def test_what_was_decompressed_is_what_is_multiplied():
             dense = fusedops.decompress_24(values, metadata, in_features=77)
             assert torch.equal(dense.double(), call.weight.double())
             assert torch.equal(sparse_matmul(call.a, values, metadata, **call.options), call.run())
+
+
+@EACH_DTYPE
+def test_torch_works_on_the_weight_in_parts(dtype, monkeypatch):
+    """Of two rows of the weight, and of one in the end."""
+    call = call_of(dtype, 4, 33, 77)
+    monkeypatch.setattr("fusedops.ops.sparse_matmul._torch.CHUNK", 2 * 77)
+    with using("torch"):
+        assert_accurate(call.run(), call.truth(), zeros=False)
