@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 import fusedops
 from fusedops._core.checks import ACTIVATIONS
-from fusedops._core.register import operators
 from fusedops.ops.sparse_matmul import reference
 from fusedops.testing import make_tensor, strategies
 from tests.ops.common import DTYPES, EMULATED, counted_budget
@@ -15,10 +16,14 @@ from tests.ops.common import DTYPES, EMULATED, counted_budget
 FP8 = torch.float8_e4m3fn
 CODES = (torch.int8, FP8)
 EVERY_DTYPE = (*DTYPES, *CODES)
-REGISTERED = operators()["sparse_matmul"].implementations
-FUSED = [name for name in ("torch", "triton") if name in REGISTERED]
-IMPLEMENTATIONS = [*FUSED, "reference"]
-KERNELS = ["triton", *EMULATED] if "triton" in REGISTERED else []
+IS_DEEP = settings.default.max_examples > 25
+
+
+def ways(few, many):
+    """(rows, implementation) of a test with both kinds of kernels: compiled ones of few rows in the deep run alone."""
+    plain = [(rows, name) for rows in (few, many) for name in ("torch", "triton", "reference")]
+    compiled = [pytest.param(many, *way.values, marks=way.marks) for way in EMULATED]
+    return plain + compiled + [pytest.param(few, *way.values, marks=way.marks) for way in EMULATED if IS_DEEP]
 
 
 def masked(weight, seed=0, kept=2):

@@ -9,24 +9,23 @@ from fusedops import sparse_matmul
 from fusedops._core.checks import ACTIVATIONS
 from fusedops.ops.sparse_matmul import MAX_K_INT8
 from fusedops.testing import assert_accurate, make_tensor
-from tests.ops.common import using
+from tests.ops.common import DTYPES, EMULATED, FUSED, IMPLEMENTATIONS, using
 from tests.ops.sparse_problems import (
     CODES,
-    DTYPES,
     EVERY_DTYPE,
-    FUSED,
-    IMPLEMENTATIONS,
-    KERNELS,
+    FP8,
+    IS_DEEP,
     Call,
     call_of,
     calls,
     integers,
     masked,
     misplaced,
+    ways,
 )
 
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-WITH_KERNELS = pytest.mark.parametrize("implementation", ["torch", "reference", *KERNELS])
+COMPILED_TOO = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *(EMULATED if IS_DEEP else ())])
 EACH_DTYPE = pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 NAN = float("nan")
 
@@ -46,8 +45,7 @@ def test_accuracy(implementation, call):
 
 
 @EACH_DTYPE
-@WITH_KERNELS
-@pytest.mark.parametrize("rows", [5, 70], ids=["few rows", "tiles"])
+@pytest.mark.parametrize(("rows", "implementation"), ways(5, 70))
 def test_small_integers_are_the_dense_product(rows, implementation, dtype):
     """Their sums are exact in every order, so the dense product of the masked weight is met in every bit."""
     a, weight = integers((rows, 300), dtype, 1), masked(integers((130, 300), dtype, 2), 3)
@@ -79,7 +77,7 @@ def test_every_epilogue_is_exact_where_it_can_be(activation, implementation, dty
             assert torch.equal(call.run(), call.truth().to(out_dtype))
 
 
-@WITH_KERNELS
+@COMPILED_TOO
 def test_sums_of_int8_are_exact(implementation):
     """B39: ModelTC/LightX2V#896, tile-ai/tilelang#2172: sums kept in 8 bits; here as large as MAX_K_INT8 allows."""
     depth = MAX_K_INT8 if implementation in ("torch", "reference") else 4096
@@ -96,7 +94,7 @@ def test_sums_of_int8_are_exact(implementation):
 
 
 @EACH_DTYPE
-@WITH_KERNELS
+@COMPILED_TOO
 def test_a_weight_of_ones_at_every_place_picks_columns(implementation, dtype):
     """A one in each row and column: the result is a itself, in whatever order; each place of metadata is tried."""
     order = torch.randperm(130, generator=torch.Generator().manual_seed(0))
@@ -147,7 +145,7 @@ def test_scales_multiply(implementation):
 
 
 @EACH_DTYPE
-@WITH_KERNELS
+@COMPILED_TOO
 @pytest.mark.parametrize("rows", [1, 70], ids=["few rows", "tiles"])
 def test_nothing_is_rounded_before_the_end(rows, implementation, dtype):
     """Half a step of the result's dtype from the sum, the other half from a bias of float32: together a whole one."""
@@ -190,9 +188,8 @@ def test_what_is_no_number_stays_in_its_row(implementation):
         assert hit.any() and found[2, hit].isnan().all()
 
 
-@EACH_DTYPE
-@WITH_KERNELS
-@pytest.mark.parametrize("rows", [3, 70], ids=["few rows", "tiles"])
+@pytest.mark.parametrize("dtype", EVERY_DTYPE if IS_DEEP else [torch.float32, torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize(("rows", "implementation"), ways(3, 70))
 def test_metadata_of_any_bits_stays_in_its_row(rows, implementation, dtype):
     """What `compress_24` cannot have written has no meaning, but reads and writes nothing outside: rows beside it."""
     if implementation.startswith("emulate"):
