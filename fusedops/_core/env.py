@@ -28,7 +28,7 @@ VARIABLES = {
     "FUSEDOPS_JIT": (
         ("allow", "forbid"),
         "`forbid`: a launch that would have to compile a kernel is an error, not a stall. A kernel that Triton has "
-        "in its cache on disk, as after `fusedops warmup`, is no compilation.",
+        "in its cache on disk, or CUDA code that was shipped, is no compilation; `fusedops warmup` makes both.",
     ),
     "FUSEDOPS_CACHE_DIR": (None, "Directory of everything that the library keeps between runs."),
     "FUSEDOPS_CACHE_PATH": (

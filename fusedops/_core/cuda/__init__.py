@@ -6,6 +6,7 @@ is needed. `images` finds what is loaded and `driver` loads it.
 
 import ctypes
 import functools
+import operator
 import struct
 import threading
 
@@ -21,8 +22,12 @@ _MAP_TYPES = {
     torch.uint8: 0, torch.int8: 0, torch.float8_e4m3fn: 0, torch.float8_e5m2: 0, torch.int16: 1, torch.int32: 3,
     torch.int64: 5, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9,
 }  # fmt: skip
-_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _FORMATS = {ctypes.c_int32: "i", ctypes.c_uint32: "I", ctypes.c_int64: "q", ctypes.c_uint64: "Q", ctypes.c_float: "f"}
+_VALUES = {
+    torch.Tensor: torch.Tensor.data_ptr, torch.nn.Parameter: torch.Tensor.data_ptr, type(None): lambda _: 0,
+    **dict.fromkeys(_FORMATS, operator.attrgetter("value")),
+}  # fmt: skip
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _lock = threading.Lock()
 
 
@@ -54,6 +59,9 @@ def load(source, symbol, target):
 
 class TensorMap(bytes):
     """An encoded tensor map, to be given as an argument."""
+
+
+_VALUES[TensorMap] = bytes
 
 
 def tensor_map(tensor, box, swizzle=0):
@@ -129,13 +137,10 @@ class Kernel:
 
     def _packed(self, arguments):
         """The parameters as C lays them out; a kernel's have the same types in every launch."""
-        values = [
-            argument.data_ptr() if isinstance(argument, torch.Tensor) else _value(argument) for argument in arguments
-        ]
         if self._layout is None:
             self._layout = driver.structure([self._format(argument) for argument in arguments])
         try:
-            return self._layout.pack(*values)
+            return self._layout.pack(*_values(arguments))
         except struct.error as error:
             raise ValueError(
                 f"{self.source}: {self.symbol} must be launched with the types of its first launch ({error})"
@@ -163,7 +168,8 @@ def _module(source, target, index):
         raise driver.DriverError(f"{source}: the driver refuses the {image.origin} {image.product}: {error}") from error
 
 
-def _value(argument):
-    if argument is None:
-        return 0
-    return argument if isinstance(argument, bytes) else getattr(argument, "value", argument)
+def _values(arguments):
+    try:
+        return [_VALUES[type(argument)](argument) for argument in arguments]
+    except KeyError:  # a type that derives from these
+        return [one.data_ptr() if isinstance(one, torch.Tensor) else getattr(one, "value", one) for one in arguments]

@@ -138,15 +138,13 @@ class Function:
         if cluster != (1, 1, 1):
             attribute = _Attribute(id=_CLUSTER_DIMENSION, cluster=cluster)
             config = _Config(grid, block, shared, stream, ctypes.pointer(attribute), 1)
-            self._checked(self._launch_cluster, config, self._function, None, packed)
+            call, arguments = self._launch_cluster, (config, self._function, None, packed)
         else:
-            self._checked(self._launch, self._function, *grid, *block, shared, stream, None, packed)
-
-    def _checked(self, launch, *arguments):
-        status = launch(*arguments)
+            call, arguments = self._launch, (self._function, *grid, *block, shared, stream, None, packed)
+        status = call(*arguments)
         if status == _INVALID_CONTEXT and not _current_context():  # a thread in which torch has not used a GPU yet
             _make_current(self._index)
-            status = launch(*arguments)
+            status = call(*arguments)
         if status:
             check(status, "cuLaunchKernel")
 
