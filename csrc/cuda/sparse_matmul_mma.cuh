@@ -1,6 +1,6 @@
-// out = activation((a @ weight^T) * scale_a * scale_b + bias) by mma.sp, for sm_80 and newer. The compressed weight is the
-// sparse operand, so a block's sums are [rows of the weight, rows of a]; they turn round on their way through shared
-// memory. Sizes count bytes: what 16-bit elements do with 32 columns, 8-bit ones do with 64.
+// out = activation((a @ weight^T) * scale_a * scale_b + bias) by mma.sp, for sm_80 and newer. The compressed weight is
+// the sparse operand, so a block's sums are [rows of the weight, rows of a]; they turn round on their way through
+// shared memory. Sizes count bytes: what 16-bit elements do with 32 columns, 8-bit ones do with 64.
 #pragma once
 #include "ptx.cuh"
 #include "sparse_matmul_epilogue.cuh"
@@ -8,10 +8,11 @@
 namespace fusedops {
 
 constexpr int CHUNK_BYTES = 16;                        // of one cp.async, and of a row of ldmatrix
-constexpr int A_ROW_BYTES = 128, VALUES_ROW_BYTES = 64;  // of a tile
-constexpr int STEPS = 2;                               // of mma.sp in a tile: 64 bytes of a with 32 of values
+// Of a tile, for two steps of mma.sp, each of 64 bytes of a row of a and 32 of a row of values.
+constexpr int A_ROW_BYTES = 128, VALUES_ROW_BYTES = 64;
 
-// What an element type needs of a tile: METADATA_PARTS times 8 bytes of a row, and the registers of 16 rows.
+// What an element type needs of a tile: metadata, METADATA_PARTS times 8 bytes of a row and METADATA_WORDS registers
+// for 16 rows; and the product.
 template <typename T>
 struct SparseProduct;
 
@@ -103,7 +104,8 @@ struct SparseLoader {
         const int a_row = threadIdx.x / 8, values_row = threadIdx.x / 4;
         values_chunks = cdiv(o.K, 64) * 2 * Tile::Product::ELEMENT_BYTES;
         a_gmem = o.a_ptr + (block_m + a_row) * o.a_row_bytes + threadIdx.x % 8 * CHUNK_BYTES;
-        values_gmem = o.values_ptr + ((long long)(block_n + values_row) * values_chunks + threadIdx.x % 4) * CHUNK_BYTES;
+        const long long first_chunk = (long long)(block_n + values_row) * values_chunks;
+        values_gmem = o.values_ptr + (first_chunk + threadIdx.x % 4) * CHUNK_BYTES;
         a_step_bytes = A_STEP * o.a_row_bytes;
         values_step_bytes = (long long)VALUES_STEP * values_chunks * CHUNK_BYTES;
         rows_m = o.M - block_m - a_row;
@@ -192,13 +194,13 @@ struct SparseWarp {
     }
 
     DEVICE void multiply_tile(u32 stage_smem) {
-        const u32 metadata_smem = stage_smem + Tile::VALUES_BYTES + Tile::A_BYTES;
+        const u32 tile_smem = stage_smem + Tile::VALUES_BYTES + Tile::A_BYTES;
         u32 metadata[Tile::FRAGMENTS_N][Product::METADATA_WORDS];
 #pragma unroll
         for (int i = 0; i < Tile::FRAGMENTS_N; i++)
 #pragma unroll
             for (int word = 0; word < Product::METADATA_WORDS; word++)
-                metadata[i][word] = Product::metadata(metadata_smem + word * Tile::METADATA_PART_BYTES, warp_n + i * 16);
+                metadata[i][word] = Product::metadata(tile_smem + word * Tile::METADATA_PART_BYTES, warp_n + i * 16);
         multiply_step<0>(stage_smem, metadata);
         multiply_step<1>(stage_smem, metadata);
     }
