@@ -13,7 +13,7 @@ ACTIVATIONS = {
 
 
 def sparse_matmul(a, values, metadata, scale_a, scale_b, bias, out_dtype, activation):
-    """``activation((a @ weight.T) * scale_a * scale_b + bias)``; float64 where out_dtype is."""
+    """``activation((a @ weight.T) * scale_a * scale_b + bias)``; of float64 operands the result is float64."""
     out = a.double() @ decompressed(values, metadata, a.shape[1]).T
     if scale_a is not None:
         out = out * scale_a.double().reshape(-1, 1)
@@ -21,7 +21,9 @@ def sparse_matmul(a, values, metadata, scale_a, scale_b, bias, out_dtype, activa
         out = out * scale_b.double()
     if bias is not None:
         out = out + bias.double()
-    return ACTIVATIONS[activation](out).to(out_dtype)
+    out = ACTIVATIONS[activation](out)
+    is_truth = any(x is not None and x.dtype == torch.float64 for x in (a, scale_a, scale_b))
+    return out if is_truth else out.to(out_dtype)
 
 
 def decompressed(values, metadata, K):
