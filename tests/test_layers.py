@@ -24,6 +24,7 @@ ALLOWED = {
     "nn": {"_core", "ops", "nn", ""},
     "kv_cache": {"_core", "ops", ""},
     "tuning": {"_core", "testing", "tuning"},
+    "crossover": {"_core", "ops", "testing", "tuning"},
     "interop": {"_core", ""},
     "convert": {"_core", "ops", "nn", "convert", ""},
     "warm": {"_core", "patch", "warm"},

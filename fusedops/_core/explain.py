@@ -1,12 +1,14 @@
 """What a call would do, found by making the call and stopping it at the operator's door."""
 
+import importlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedops._core import env
-from fusedops._core.device import TARGETS
+from fusedops._core.device import TARGETS, described
 from fusedops._core.device import limits as limits_of
 from fusedops._core.register import operators
 from fusedops._core.tuning import DEFAULT, observed
@@ -26,6 +28,7 @@ class Explanation:
         bytes: Bytes that the call must read and write at least.
         operations: Arithmetic operations of the call.
         bound: The least time that the device's memory allows, as text; None where the bandwidth is not known.
+        notes: (name, text) of what else the operator tells of the call.
     """
 
     op: str
@@ -37,6 +40,7 @@ class Explanation:
     bytes: int | None
     operations: int | None
     bound: str | None
+    notes: tuple = ()
 
     def as_dict(self):
         """The same as plain data, for JSON."""
@@ -54,6 +58,7 @@ class Explanation:
             lines.append(("operations", f"{self.operations:,}"))
         if self.bound is not None:
             lines.append(("bound", self.bound))
+        lines += self.notes
         return "\n".join(f"{name:<14}{value}" for name, value in lines)
 
 
@@ -134,4 +139,7 @@ def _explanation(op, operator, args, limits):
     if env.backend() != "auto":
         target = f" for {device_limits.arch}" if backend == "emulate" else ""
         rejected = [*rejected, ("others", f"FUSEDOPS_BACKEND={env.backend()}{target}")]
-    return Explanation(op, backend, tuple(rejected), config, source, key, num_bytes, operations, bound)
+    tell = getattr(importlib.import_module(operator.package), "notes", None)
+    with nullcontext() if limits is None else described(limits):
+        notes = () if tell is None else tell(*args)
+    return Explanation(op, backend, tuple(rejected), config, source, key, num_bytes, operations, bound, notes)

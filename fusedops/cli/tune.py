@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import time
 
@@ -15,6 +16,10 @@ def add_arguments(parser):
     parser.add_argument("op", nargs="?", help="public operator, such as rms_norm")
     parser.add_argument("--shape", type=shape, metavar="8192x4096", help="shape of the first argument")
     parser.add_argument("--model", metavar="DIR|config.json", help="tune what this model needs instead of one operator")
+    parser.add_argument(
+        "--crossover", type=shape, metavar="4096x14336",
+        help="find for how many rows sparse_matmul is faster than the dense product by a weight of this shape",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument(
@@ -56,11 +61,16 @@ def run(args):
     import fusedops
     from fusedops.tuning import Options
 
-    if (args.model is None) == (args.op is None) or (args.op is not None and args.shape is None):
-        raise CommandError("give an operator with --shape, or --model")
+    if args.crossover is None:
+        if (args.model is None) == (args.op is None) or (args.op is not None and args.shape is None):
+            raise CommandError("give an operator with --shape, or --model, or --crossover")
+    elif len(args.crossover) != 2 or args.op not in (None, "sparse_matmul") or args.model is not None:
+        raise CommandError("--crossover is of sparse_matmul alone, and takes the two sizes of a weight")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda needs a CUDA device, and torch finds none")
+    if args.crossover is not None:
+        return _crossover(args, device)
     console, reports = _Quiet() if args.json else Console(), []
     deadline = time.monotonic() + args.seconds
     try:
@@ -76,6 +86,25 @@ def run(args):
         print(json.dumps([_as_dict(what, report) for what, report in reports], indent=2))
     failed = any(one.state == "failed" for _, report in reports for one in report.tuned)
     return int(failed or all(report.reason is not None for _, report in reports))
+
+
+def _crossover(args, device):
+    import torch
+
+    from fusedops.crossover import tune_crossover
+    from fusedops.tuning import Options
+
+    console = _Quiet() if args.json else Console()
+    try:
+        with console.step(f"sparse_matmul {'x'.join(map(str, args.crossover))}") as show:
+            options = Options(seconds=args.seconds, force=args.force, progress=_shown_by(show))
+            found = tune_crossover(*args.crossover, getattr(torch, args.dtype), device, tuning=options)
+    except ValueError as error:
+        raise CommandError(first_line(error)) from error
+    console.line(f"  {found}".replace("\n", "\n  "))
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    return int(not found.timings)
 
 
 def _shown_by(show):

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fusedops._core import checks
+from fusedops._core import checks, invariance
 from fusedops._core.numbers import ceil_div
 from fusedops._core.register import operators
 from fusedops.nn._linear import beside, direct
@@ -11,16 +11,18 @@ from fusedops.nn.quantized_linear import QuantizedLinear
 from fusedops.nn.scaled_linear import Fp8Linear, Int8Linear
 from fusedops.ops.compress_24 import compress_24, decompress_24, prune_24
 from fusedops.ops.sparse_matmul import MAX_K_INT8, sparse_matmul
+from fusedops.ops.sparse_matmul._crossover import is_sparse
 
 DENSE = {"int8": Int8Linear, "fp8": Fp8Linear}  # by the names of formats, the dense layers with the same codes
+MEASURED = "measured"
 EMPTY = 0x44  # metadata of two groups with the places 0 and 1
 _sparse_matmul = operators()["sparse_matmul"]
 
 
 def check_dense_below(op, rows):
-    """Raise ValueError where the option of that name is no number of rows."""
-    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
-        raise ValueError(f"{op}: dense_below must be None or a number of rows from 1, got {rows!r}")
+    """Raise ValueError where the option of that name is no number of rows, and not "measured"."""
+    if rows not in (None, MEASURED) and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+        raise ValueError(f'{op}: dense_below must be None, "{MEASURED}" or a number of rows from 1, got {rows!r}')
 
 
 class Sparse24Linear(QuantizedLinear):
@@ -35,7 +37,9 @@ class Sparse24Linear(QuantizedLinear):
         format: None for values of the layer's dtype, ``"int8"`` or ``"fp8"`` (e4m3) for codes, with inputs quantised as
             in `Int8Linear` and `Fp8Linear`.
         dense_below: Calls with fewer rows than this multiply by a dense copy of the weight, which is kept beside, not
-            stored in a state dict, and made again when one is loaded. None keeps no copy.
+            stored in a state dict, and made again when one is loaded. ``"measured"`` takes the copy for the numbers of
+            rows for which `fusedops.crossover.tune_crossover` found it to be faster here; without that it takes
+            the compressed weight. None keeps no copy.
 
     Stored, and only bias is trained: ``weight`` ``[1, N, ceil(K / 64) * 32]`` of the layer's dtype, int8 or
     float8_e4m3fn, so that nobody takes it for a plain layer's, and ``metadata`` uint8 ``[N, ceil(K / 128) * 16]``, as
@@ -138,8 +142,14 @@ class Sparse24Linear(QuantizedLinear):
 
     def operands(self, x):
         """See `QuantizedLinear.operands`: beside the parameters a dense weight, where x has few rows."""
-        below = self.options["dense_below"]
-        if below is None or x.numel() >= below * self.in_features:
+        below, rows = self.options["dense_below"], x.numel() // self.in_features
+        if below is None or invariance.enabled():
+            return self._parameters
+        if below == MEASURED:
+            sparse = is_sparse(rows, self.out_features, self.in_features, self.weight.dtype, x.device)
+        else:
+            sparse = rows >= below
+        if sparse:
             return self._parameters
         return {**self._parameters, "dense": self.dense}
 

@@ -88,7 +88,7 @@ def tune(op, /, *args, tuning=None, **kwargs):
     if configure is not None:
         with observed() as choices:
             configure(operator.name, limits_of(call_args[0].device), *call_args)
-    reason = _not_now() or (None if choices else f"{backend} has nothing to configure")
+    reason = not_now() or (None if choices else f"{backend} has nothing to configure")
     if reason is not None:
         return Report(op, [Tuned(choice, choice.config, choice.source) for choice in choices], reason)
     if ranks.is_follower():
@@ -117,7 +117,7 @@ def _call_of(op, args, kwargs):
     raise ValueError(f"tune: op must be one of {', '.join(fusedops.OPERATORS)}, got {op!r}")
 
 
-def _not_now():
+def not_now():
     """Why nothing may be measured now, or None."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"

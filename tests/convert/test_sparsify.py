@@ -310,7 +310,7 @@ def test_a_linear_that_is_not_reached():
         ({"layers": 3}, TypeError, "layers must hold names, got int"),
         ({"layers": "w1", "skip": "mixing"}, ValueError, r"model must contain .*named in skip \('mixing'\)"),
         ({"skip": [3]}, TypeError, "skip must hold names, got 3"),
-        ({"dense_below": -1}, ValueError, "dense_below must be None or a number of rows from 1, got -1"),
+        ({"dense_below": -1}, ValueError, "dense_below must be None, .measured. or a number of rows from 1, got -1"),
         ({"keep": "disk"}, ValueError, "keep must be False, True or 'cpu', got 'disk'"),
         ({"keep": "cpu", "train": True}, ValueError, "keep must be False or True with train, got 'cpu'"),
         ({"train": 1}, TypeError, "train must be a bool, got int"),

@@ -10,6 +10,7 @@ from fusedops._core.numbers import ceil_div
 from fusedops._core.register import register
 from fusedops.ops.attention import check_table
 from fusedops.ops.compress_24 import check_compressed
+from fusedops.ops.sparse_matmul._crossover import described
 
 CODES = (torch.int8, torch.float8_e4m3fn)
 MAX_K_INT8 = 2**17  # half of so many products of -128, which are multiplied, sum up to 2**30
@@ -118,6 +119,11 @@ def _check_scale(op, name, scale, a, shapes, described):
     check_table(op, name, scale, a, shapes, described, (torch.float32,))
     if env.validate() == 2 and not torch.compiler.is_compiling() and not scale.is_meta:
         checks.check_scale_values(op, name, scale)
+
+
+def notes(a, values, *rest):
+    """What `fusedops.explain` tells beside: for how many rows sparse was measured to be faster than dense."""
+    return (("crossover", described(a, values)),)
 
 
 def _name(dtype):
