@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ON_DEVICE = "device time under a CUDA graph"
 EAGER = "wall time of eager calls"
-
+NOT_RUN = 77  # exit status of a stage of the gate that cannot run here, and whose last line says why
 
 NUMBER, TEXT = (int, float), (str,)
 OR_NONE = (type(None),)

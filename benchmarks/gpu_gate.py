@@ -1,17 +1,18 @@
 """On a machine with an NVIDIA GPU: run the GPU tests and every benchmark, and keep what they say in one place.
 
-    python benchmarks/gpu_gate.py [--minutes 25] [--only tests,rms_norm] [--quick] [--out benchmarks/results]
+    python benchmarks/gpu_gate.py [--minutes 25] [--only tests,rms_norm] [--quick] [--resume] [--out benchmarks/results]
     python benchmarks/gpu_gate.py --dry-run --out DIR    # without a GPU: the same stages, interpreted, on tiny shapes
 
-Works from a source checkout that is not installed; torch, triton, pytest and hypothesis are enough. Stages run one
-after the other, each in its part of the time; one that fails or runs out of time does not stop the next. The folder
-``<out>/<gpu>_<date>/`` receives ``rows.json`` (all rows of the benchmarks), ``summary.json`` (environment, and what
-became of each stage) and ``gate.log`` (all output). The table of all rows is printed last.
-Exit status: 0 all stages passed, 1 one did not, 2 there is no CUDA device, or nothing to run.
+Works from a source checkout that is not installed; torch, triton, pytest and hypothesis are enough. Stages (ceilings,
+build of csrc/cuda, tests, benchmarks with their goals, compute-sanitizer, tuning) run one after the other, each in its
+part of the time; one that fails, crashes or runs out of time does not stop the next. The folder
+``<out>/<gpu>_<date>/`` receives ``rows.json`` (all rows of the benchmarks), ``summary.json`` (environment, what became
+of each stage, goals over many rows) and ``gate.log`` (all output); ``--resume`` goes on in the newest such folder with
+the stages that it has not ended. The table of all rows is printed last.
+Exit status: 0 no stage failed, 1 one did or had no time, 2 there is no CUDA device, or nothing to run.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -20,80 +21,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from _rows import environment, table, write
+import _goals
+from _rows import NOT_RUN, environment, key, table, write
+from _stages import chosen, stages
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 NO_DEVICE = NOTHING_TO_RUN = 2
-PYTEST = [sys.executable, "-m", "pytest", "-v", "-ra", "--tb=short", "-m", "gpu"]  # -v: killed, it has named the tests
 NO_TESTS_COLLECTED = 5  # pytest's exit status
-TEST_PROCESSES = 12  # most of their time is compilation; more would fill the GPU's memory
-TESTS_WEIGHT = 3  # parts of the time
-WEIGHTS = {"attention": 2}  # 1 for every other benchmark
-GRACE = 20  # seconds that a benchmark may need beyond its time to finish a case
+OUT_OF_TIME = "out of time"
 ENVIRONMENT = {
     **os.environ,
     "TRITON_INTERPRET": "0",  # the tests would choose the interpreter
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "PYTHONUNBUFFERED": "1",
 }
-DRY_RUN = {"TRITON_INTERPRET": "1", "GPU_TESTS_DRY_RUN": "1"}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A process to run: its name, its command, the part of the time it gets, the file of rows that it writes, and what
-    it finds in the environment beside the usual."""
-
-    name: str
-    command: list
-    weight: float = 1
-    rows: Path | None = None
-    variables: dict = field(default_factory=dict)
-
-
-def stages(scratch, quick, dry_run):
-    """Every stage in order: the GPU tests, then each benchmark."""
-    parallel = ["-n", str(min(TEST_PROCESSES, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
-    variables = DRY_RUN if dry_run else {}
-    yield Stage("tests", [*PYTEST, *parallel, str(ROOT / "tests/gpu")], TESTS_WEIGHT, variables=variables)
-    options = ["--device", "cpu", "--quick"] if dry_run else ["--device", "cuda"] + ["--quick"] * quick
-    for script in sorted(HERE.glob("bench_*.py")):
-        name, rows = script.stem.removeprefix("bench_"), scratch / f"{script.stem}.json"
-        command = [sys.executable, str(script), "--json", str(rows), *options]
-        yield Stage(name, command, WEIGHTS.get(name, 1), rows)
-
-
-def chosen(found, only):
-    """The stages that `only` names; the tests among them are those of the operators named beside them, if any.
-
-    Raises:
-        ValueError: a name is not that of a stage.
-    """
-    if not only:
-        return found
-    wanted = only.split(",")
-    if unknown := sorted(set(wanted) - {stage.name for stage in found}):
-        known = ", ".join(stage.name for stage in found)
-        raise ValueError(f"gpu_gate: --only must name stages out of {known}, got {', '.join(unknown)}")
-    operators = [name for name in wanted if name != "tests"]
-    chosen_tests = ["-k", " or ".join(operators)] if operators else []
-    return [
-        stage if stage.rows else replace(stage, command=stage.command + chosen_tests)
-        for stage in found
-        if stage.name in wanted
-    ]
 
 
 def run_stage(stage, log, seconds):
     """Run one stage with a time limit, show and keep its output, and return what became of it."""
     start = time.monotonic()
-    if seconds <= 0:
-        return {"stage": stage.name, "result": "not run, out of time", "seconds": 0.0}
-    command = stage.command + (["--seconds", f"{max(1, seconds - GRACE):.0f}"] if stage.rows else [])
+    if stage.absent is not None or seconds <= 0:
+        return {"stage": stage.name, "result": f"not run, {stage.absent or OUT_OF_TIME}", "seconds": 0.0}
+    told = [] if stage.grace is None else ["--seconds", f"{max(1, seconds - stage.grace):.0f}"]
+    command = stage.command + told
     heading = f"== {stage.name}, at most {seconds:.0f} s: {' '.join(command)}\n"
     print(heading, end="", flush=True)
     variables = {**ENVIRONMENT, **stage.variables}
@@ -112,38 +65,88 @@ def run_stage(stage, log, seconds):
     with open(log, "a") as kept:
         kept.write(heading + said)
     print(said[-4000:], flush=True)
-    result = {None: "out of time", 0: "passed"}.get(status, f"failed with status {status}")
-    if stage.rows is None and status == NO_TESTS_COLLECTED:
-        result = "there is no GPU test"
+    result = in_words(stage, status, said)
     return {"stage": stage.name, "result": result, "seconds": round(time.monotonic() - start, 1)}
 
 
-def run_stages(plan, folder, deadline):
+def in_words(stage, status, said):
+    """What became of a stage that ended with that status (None: it was ended) after it had said so much."""
+    if status is None:
+        return OUT_OF_TIME
+    if status < 0:
+        return f"crashed with signal {-status}"
+    if status == NOT_RUN:
+        return f"not run, {(said.strip().splitlines() or ['it did not say why'])[-1]}"
+    if stage.is_test and status == NO_TESTS_COLLECTED:
+        return "not run, no test is chosen"
+    return "passed" if status == 0 else f"failed with status {status}"
+
+
+def has_ended(result):
+    """Whether a stage need not run again; one that failed would fail again."""
+    return OUT_OF_TIME not in result["result"]
+
+
+def is_bad(result):
+    """Whether a stage failed, or should have run."""
+    return not has_ended(result) or not result["result"].startswith(("passed", "not run"))
+
+
+def run_stages(plan, folder, deadline, earlier=()):
     """Run the stages, each for at most one and a half of its share of what is left.
 
     Yields what became of the stages so far after each of them, when ``rows.json`` in `folder` has their rows.
+
+    Args:
+        earlier: What became of stages that ran before, whose rows are there; the plan leaves them out.
     """
-    results, rows = [], []
-    write(folder / "rows.json", rows)
+    results, kept = list(earlier), folder / "rows.json"
+    rows = json.loads(kept.read_text()) if results and kept.exists() else []
+    write(kept, rows)
     for index, stage in enumerate(plan):
         left = deadline - time.monotonic()
         share = stage.weight / sum(other.weight for other in plan[index:])
         results.append(run_stage(stage, folder / "gate.log", min(left, left * share * 1.5)))
         if stage.rows and stage.rows.exists():
-            rows += json.loads(stage.rows.read_text())
-        write(folder / "rows.json", rows)
+            rows = merged(rows, json.loads(stage.rows.read_text()))
+        write(kept, rows)
         yield results
 
 
-def main(argv=None):
-    """Run all stages within the time given, write the summary, and print the table."""
+def merged(rows, new):
+    """The rows, with those in the place of older ones that are about the same."""
+    about = {(*key(row), row["timed"]) for row in new}
+    return [row for row in rows if (*key(row), row["timed"]) not in about] + new
+
+
+def resumed(out, name):
+    """The newest folder of a machine of that name, and what became of the stages that ended there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folders = sorted(path.parent for path in out.glob(f"{name}_*/summary.json"))
+    if not folders:
+        raise ValueError(f"gpu_gate: --resume needs the results of an earlier run in {out}, there are none of {name}")
+    summary = json.loads((folders[-1] / "summary.json").read_text())
+    return folders[-1], [result for result in summary["stages"] if has_ended(result)]
+
+
+def parsed(argv):
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=25, help="for all stages together (default: 25)")
     parser.add_argument("--only", metavar="NAMES", help="stages, separated by commas: tests, a benchmark's operator")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: interpreted, on tiny shapes")
+    parser.add_argument("--resume", action="store_true", help="go on where the last run stopped")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="default: benchmarks/results")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Run all stages within the time given, write the summary, and print the table."""
+    args = parsed(argv)
     deadline = time.monotonic() + 60 * args.minutes
 
     import torch
@@ -154,22 +157,30 @@ def main(argv=None):
     found = environment("cpu" if args.dry_run else "cuda")
     print(json.dumps(found, indent=2), flush=True)
     name = re.sub(r"[^a-z0-9]+", "_", found["device"].lower()).strip("_")
-    folder = args.out / f"{name}_{found['date'][:19].replace(':', '')}"
+    folder, results = args.out / f"{name}_{found['date'][:19].replace(':', '')}", []
     with tempfile.TemporaryDirectory() as scratch:
         try:
             plan = chosen(list(stages(Path(scratch), args.quick, args.dry_run)), args.only)
+            if args.resume:
+                folder, results = resumed(args.out, name)
         except ValueError as error:
             print(error, file=sys.stderr)
             return NOTHING_TO_RUN
         folder.mkdir(parents=True, exist_ok=True)
-        for results in run_stages(plan, folder, deadline):
-            summary = {"environment": found, "stages": results}
+        ended = {result["stage"] for result in results}
+        plan = [stage for stage in plan if stage.name not in ended]
+        for so_far in run_stages(plan, folder, deadline, results):
+            results = so_far
+            goals = _goals.judge(json.loads((folder / "rows.json").read_text()))
+            summary = {"environment": found, "stages": results, "goals": goals}
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    for stage in results:
-        print(f"{stage['stage']:<24}{stage['result']:<24}{stage['seconds']:>8.1f} s")
+    rows = json.loads((folder / "rows.json").read_text())
+    for result in results:
+        print(f"{result['stage']:<28}{result['seconds']:>8.1f} s  {result['result']}")
+    print("\n".join(_goals.lines(rows)))
     print(f"written to {folder}")
-    print(table(json.loads((folder / "rows.json").read_text())))
-    return int(any(stage["result"] != "passed" for stage in results))
+    print(table(rows))
+    return int(any(map(is_bad, results)))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,11 @@ def row(seconds, timed="device time under a CUDA graph"):
 
 
 def python(gate, name, code, **more):
-    return gate.Stage(name, [sys.executable, "-c", code], **more)
+    return stage_of(name, [sys.executable, "-c", code], **more)
+
+
+def stage_of(*args, **more):
+    return importlib.import_module("_stages").Stage(*args, **more)
 
 
 def test_refuses_without_a_device(gate, monkeypatch, capsys):
@@ -52,8 +56,12 @@ def test_stage_results(gate, tmp_path):
     assert result("print('seen')") == "passed" and log.read_text().endswith("seen\n")
     assert result("raise SystemExit(3)") == "failed with status 3"
     assert result("open('d', 'w')", -1) == "not run, out of time"
-    assert result("raise SystemExit(5)") == "there is no GPU test"
-    assert result("raise SystemExit(5)", rows=tmp_path / "rows") == "failed with status 5"
+    assert result("print('no compiler'); raise SystemExit(77)") == "not run, no compiler"
+    assert result("open('d', 'w')", absent="needs a GPU") == "not run, needs a GPU"
+    assert result("raise SystemExit(5)") == "failed with status 5"
+    of_tests = gate.run_stage(python(gate, "tests/rotary", "raise SystemExit(5)"), log, 60.0)
+    assert of_tests["result"] == "not run, no test is chosen"
+    assert result("import sys; assert sys.argv[1:] == ['--seconds', '39']", grace=21) == "passed"
 
 
 def test_a_stage_that_hangs_ends_with_its_children_and_keeps_its_output(gate, tmp_path):
@@ -83,22 +91,108 @@ def test_goes_on_after_a_failure_and_prints_the_table_last(gate, monkeypatch, tm
     assert last == "double 2x3 float32 2.0 torch 3.0 1.50 50% BW* met 1.0e-07 6.0 0.50".split()
 
 
+def test_fails_crashes_and_hangs_are_told_and_the_rest_goes_on(gate, tmp_path):
+    crash, hang = "import os; os.kill(os.getpid(), 11)", "import time; time.sleep(60)"
+    codes = {"fails": "raise SystemExit(1)", "crashes": crash, "hangs": hang}
+    codes |= {"absent": "raise SystemExit(77)", "works": ""}
+    plan = [python(gate, name, code) for name, code in codes.items()]
+    results = list(gate.run_stages(plan, tmp_path, time.monotonic() + 12))[-1]
+    assert [result["result"] for result in results] == [
+        "failed with status 1", "crashed with signal 11", "out of time", "not run, it did not say why", "passed"
+    ]  # fmt: skip
+    assert list(map(gate.is_bad, results)) == [True, True, True, False, False]
+    assert list(map(gate.has_ended, results)) == [True, True, False, True, True]
+
+
+def test_resumes_where_the_last_run_stopped(gate, monkeypatch, tmp_path, capsys):
+    rows = tmp_path / "bench.json"
+    rows.write_text(json.dumps([row(2e-6)]))
+    hang = python(gate, "second", "import time; time.sleep(60)", rows=rows)
+    steps = [python(gate, "first", "raise SystemExit(3)"), hang, python(gate, "third", "")]
+    monkeypatch.setattr(gate, "stages", lambda scratch, quick, dry_run: steps)
+    assert gate.main(["--dry-run", "--resume", "--out", str(tmp_path / "out")]) == 2
+    assert "there are none" in capsys.readouterr().err
+    gate.main(["--dry-run", "--minutes", "0.08", "--out", str(tmp_path / "out")])
+    rows.write_text(json.dumps([row(1e-6), row(9e-6, "wall time of eager calls")]))
+    steps = [python(gate, "first", "raise SystemExit(4)"), python(gate, "second", "", rows=rows), steps[2]]
+    assert gate.main(["--dry-run", "--resume", "--out", str(tmp_path / "out")]) == 1
+    (folder,) = (tmp_path / "out").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    found = {stage["stage"]: stage["result"] for stage in summary["stages"]}
+    assert found == {"first": "failed with status 3", "second": "passed", "third": "passed"}
+    assert [one["seconds"] for one in json.loads((folder / "rows.json").read_text())] == [1e-6, 9e-6]
+
+
+def timed(op, shape, *seconds, of="_scaled_mm"):
+    """A row of ours and a peer's time, if any."""
+    ours, *peer = seconds
+    return row(ours) | {"op": op, "shape": shape, "peers": dict(zip((of, "dense 2"), peer))}
+
+
+def fp8(shape, *seconds):
+    return timed("fp8_matmul", shape, *seconds)
+
+
+def int8(shape, *seconds):
+    return timed("int8_matmul", shape, *seconds, of="_int_mm, compiled")
+
+
+def sparse(shape, *seconds, of="dense"):
+    return timed("sparse_matmul", shape, *seconds, of=of)
+
+
+@pytest.mark.parametrize(
+    ("number", "rows", "met"),
+    [
+        (0, [fp8("4096x1x1 rows", 1.0, 1.1), fp8("1024x1x1 rows", 1.0, 0.97)], True),
+        (0, [fp8("4096x1x1 rows", 1.0, 9.0), fp8("1024x1x1 rows", 1.0, 0.95)], False),
+        (0, [fp8("4096x1x1 rows", 1.0, 1.0), fp8("1024x1x1 rows", 1.0, 0.97)], False),
+        (0, [fp8("64x1x1 rows", 1.0, 2.0), fp8("4096x1x1 blocks", 1.0, 2.0), fp8("4096x1x1 rows", 1.0)], None),
+        (1, [int8("4096x1x1 rows", 1.0, 1.4)], True),
+        (1, [int8("4096x1x1 rows", 1.0, 1.2)], False),
+        (2, [int8("1x1x1 rows", 1.15), fp8("1x1x1 rows", 1.0)], True),
+        (2, [int8("1x1x1 rows", 1.16), fp8("1x1x1 rows", 1.0)], False),
+        (2, [int8("1x1x1 rows", 1.0), fp8("2x1x1 rows", 1.0)], None),
+        (3, [sparse("2048x1x1", 1.0, 1.4)], True),
+        (3, [sparse("2048x1x1", 1.0, 1.4, 1.3)], False),
+        (4, [sparse("64x1x1", 1.0, 1.45)], False),
+        (5, [sparse("512x1x1", 1.0, 0.98)], False),
+        (5, [sparse("512x1x1", 1.0, 0.98, of="cslt")], None),
+    ],
+)
+def test_goals_over_many_rows(gate, number, rows, met):
+    goals = importlib.import_module("_goals")
+    assert goals.judge(rows)[number][2] is met
+    assert goals.judge([one | {"timed": "wall time of eager calls"} for one in rows])[number][2] is None
+    assert len(goals.lines(rows)) == 6
+    assert goals.lines(rows)[number].endswith({None: "[not run]", True: "[met]", False: "[no]"}[met])
+
+
 def test_only_chooses_stages(gate, tmp_path):
     plan = list(gate.stages(tmp_path, False, False))
+    others = [stage.name for stage in plan if not (stage.rows or stage.is_test)]
+    assert others == ["ceilings", "build", "sanitizer", "tune"]
+    assert {stage.absent for stage in plan[:-2]} == {None} and plan[-1].absent is None
+    assert {stage.absent for stage in gate.stages(tmp_path, False, True)} == {None, "needs a GPU: this is a dry run"}
+    files = {f"tests/{path.stem.removeprefix('test_')}" for path in (SCRIPT.parents[1] / "tests/gpu").glob("test_*.py")}
+    assert {stage.name for stage in plan if stage.is_test} == files
     assert gate.chosen(plan, None) == plan
-    assert gate.chosen(plan, "tests") == plan[:1]
-    assert [stage.name for stage in gate.chosen(plan, "rotary")] == ["rotary"]
-    tests, *benchmarks = gate.chosen(plan, "tests,rotary,rms_norm")
-    assert tests.command[-2:] == ["-k", "rotary or rms_norm"]
-    assert [stage.name for stage in benchmarks] == ["rms_norm", "rotary"]
-    with pytest.raises(ValueError, match="must name stages out of tests, .*rotary.*got nonsense"):
+    assert {stage.name for stage in gate.chosen(plan, "tests")} == files
+    assert [stage.name for stage in gate.chosen(plan, "rotary,build")] == ["build", "rotary"]
+    picked = gate.chosen(plan, "tests,rotary,rms_norm")
+    assert [stage.name for stage in picked if not stage.is_test] == ["rms_norm", "rotary"]
+    assert {tuple(stage.command[-2:]) for stage in picked if stage.is_test} == {("-k", "rms_norm or rotary")}
+    one, benchmark = gate.chosen(plan, "tests/operators,rotary")
+    assert one.command[-2:] == ["-k", "rotary"] and benchmark.rows
+    assert gate.chosen(plan, "tests/attention")[0].command[-1].endswith("tests/gpu/test_attention.py")
+    with pytest.raises(ValueError, match="must name stages out of attention, .*rotary.*got nonsense"):
         gate.chosen(plan, "rotary,nonsense")
 
 
 def test_time_is_shared_by_weight(gate, monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(gate, "run_stage", lambda stage, log, seconds: given.append(seconds) or {"result": "passed"})
-    plan = [gate.Stage("tests", [], 3), gate.Stage("a", []), gate.Stage("b", [])]
+    plan = [stage_of("tests", [], 3), stage_of("a", []), stage_of("b", [])]
     list(gate.run_stages(plan, tmp_path, time.monotonic() + 100))
     assert given == pytest.approx([90, 75, 100], rel=0.02)
 
@@ -117,14 +211,16 @@ def test_a_goal_may_name_its_peers(gate, against, seconds, met):
 
 
 def test_dry_run(gate, tmp_path, capsys):
-    """A stage of tests and a benchmark as they run on a GPU, on tiny shapes."""
-    assert gate.main(["--dry-run", "--only", "tests,rotary", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    """A stage of tests and a benchmark as they run on a GPU, on tiny shapes, and what cannot run."""
+    chosen = "tests/operators,build,rotary,sanitizer"
+    assert gate.main(["--dry-run", "--only", chosen, "--out", str(tmp_path)]) == 0, capsys.readouterr().out
     (folder,) = tmp_path.iterdir()
     summary = json.loads((folder / "summary.json").read_text())
-    assert [(stage["stage"], stage["result"]) for stage in summary["stages"]] == [
-        ("tests", "passed"),
-        ("rotary", "passed"),
-    ]
+    results = {stage["stage"]: stage["result"] for stage in summary["stages"]}
+    build = results.pop("build")
+    assert build == "passed" or build.startswith("not run, ")
+    absent = "not run, needs a GPU: this is a dry run"
+    assert results == {"tests/operators": "passed", "rotary": "passed", "sanitizer": absent}
     assert {row["op"] for row in json.loads((folder / "rows.json").read_text())} == {"rotary"}
     assert re.search(
         r"test_accuracy_and_determinism\[rotary.* PASSED|PASSED .*\[rotary", (folder / "gate.log").read_text()
