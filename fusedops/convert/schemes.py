@@ -70,6 +70,7 @@ class Scheme:
         return self.module.from_linear(linear, **self.options)
 
 
+SPARSITY = "2:4"
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
@@ -106,10 +107,11 @@ def find_scheme(op, name, group_size=None):
     return replace(scheme, options={**scheme.options, "group_size": int(group_size)})
 
 
-def sparse_scheme(dense_below=None):
-    """What `fusedops.sparsify_` does to a linear; the option is that of `Sparse24Linear`."""
-    options = Sparse24Linear.checked(dense_below=dense_below)
-    return Scheme("2:4", Sparse24Linear, options, status="sparsified")
+def sparse_scheme(dense_below=None, format=None):
+    """What `fusedops.sparsify_` does to a linear; the options are those of `Sparse24Linear`."""
+    options = Sparse24Linear.checked(format=format, dense_below=dense_below)
+    name = SPARSITY if format is None else f"{SPARSITY} {format}"
+    return Scheme(name, Sparse24Linear, options, status="sparsified")
 
 
 def stored_tensors(linear):

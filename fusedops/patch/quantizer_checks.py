@@ -7,7 +7,7 @@ import torch
 from fusedops._core.checks import FLOATS
 from fusedops.patch.quantizer_modules import quantized_linears
 
-PARTS = ("weight_scale", "weight_zero", "input_scale")  # of a quantised layer alone
+PARTS = ("weight_scale", "weight_zero", "input_scale", "metadata")  # of a quantised layer alone
 SHOWN = 4  # of the problems found
 DTYPES = {
     "I8": torch.int8,
@@ -127,6 +127,6 @@ def _refuse(quantizer, problems):
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         what = "what its metadata says" if quantizer.pre_quantized else "the weights to quantise"
         raise ValueError(
-            f"FusedOpsConfig: the checkpoint must hold {what} ({quantizer.quantization_config.scheme!r}), got "
+            f"FusedOpsConfig: the checkpoint must hold {what} ({quantizer.scheme.name!r}), got "
             f"{'; '.join(problems[:SHOWN])}{more}"
         )

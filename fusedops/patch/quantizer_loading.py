@@ -5,8 +5,8 @@ import functools
 
 import torch
 
-from fusedops.convert.schemes import find_scheme
-from fusedops.nn import QuantizedLinear
+from fusedops.nn import QuantizedLinear, Sparse24Linear
+from fusedops.ops.compress_24 import prune_24
 from fusedops.patch.quantizer import join
 from fusedops.patch.quantizer_checks import check_files, check_loaded
 from fusedops.patch.quantizer_modules import left_alone, quantized_linears, replace_linears, restore_linears
@@ -26,12 +26,11 @@ class FusedOpsHfQuantizer:
     """
 
     requires_calibration = False
-    serialized_names = {"weight": ["weight", "weight_scale", "weight_zero"]}
+    serialized_names = {"weight": ["weight", "weight_scale", "weight_zero", "metadata"]}
 
     def __init__(self, quantization_config, **options):
         super().__init__(copy.deepcopy(quantization_config), **options)  # names of one model are written into it
-        config = self.quantization_config
-        self.scheme = find_scheme("FusedOpsConfig", config.scheme, config.group_size)
+        self.scheme = self.quantization_config.found_scheme()
         self.problems = []  # with weights that were quantised
 
     def validate_environment(self, device_map=None, **options):
@@ -126,6 +125,8 @@ class QuantizeWeights:
                 raise ValueError(f"FusedOpsConfig: {name} must have shape {expected}, got {list(weight.shape)}")
             if not bool(weight.isfinite().all()):
                 self.problems.append(f"{name} with NaN or infinity")  # transformers would hide an error's message
+            elif isinstance(module, Sparse24Linear):
+                weight = prune_24(weight)
             parts = module.quantize_weight(weight, **module.options)
             found.update({f"{path}.{part}": tensor for part, tensor in parts.items()})
         return found

@@ -2,6 +2,7 @@
 
 import torch
 
+from fusedops.nn import Sparse24Linear
 from fusedops.patch.quantizer_modules import quantized_linears
 
 BY_ROWS, BY_COLUMNS = "colwise", "rowwise"  # transformers' names for a split of N and of K; suffixes may follow
@@ -28,7 +29,8 @@ def add_scales_to_plan(model, plan):
     """Keep the scales of rows whole where the columns of their weights are split; groups of columns go with them.
 
     Raises:
-        NotImplementedError: a distributed model splits a layer in another way than by rows or by columns.
+        NotImplementedError: a distributed model splits a layer in another way than by rows or by columns, or a sparse
+            one in any way.
     """
     from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
@@ -38,7 +40,10 @@ def add_scales_to_plan(model, plan):
     for path, module in quantized_linears(model):
         generic = replace_layer_number_by_wildcard(path)
         style = styles.get(generic, WHOLE)
-        if style.startswith(BY_COLUMNS) and module.weight_scale.dim() == 1:
+        if isinstance(module, Sparse24Linear):
+            if distributed is not None and style != WHOLE:
+                raise NotImplementedError(f"FusedOpsConfig: a sparse layer must not be split, got {style} for {path}")
+        elif style.startswith(BY_COLUMNS) and module.weight_scale.dim() == 1:
             plan[f"{generic}.weight_scale"] = WHOLE
         elif distributed is not None and not style.startswith((BY_ROWS, BY_COLUMNS, WHOLE)):
             raise NotImplementedError(
