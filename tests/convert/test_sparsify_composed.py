@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 import fusedops
 from fusedops.convert import SCHEMES
+from fusedops.convert import handle as convert_handle
+from fusedops.convert.schemes import stored_tensors
 from fusedops.nn import Masked24Linear, QuantizedLinear, Sparse24Linear
 from tests.convert.test_quantize import assert_equal_tensors, distance, state
 from tests.patch.quantized_models import counted
@@ -324,3 +326,18 @@ def test_something_else_was_put_in():
     with pytest.raises(ValueError, match="convert: weights must be finite, got NaN or infinity in head"):
         masked.convert()
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def test_what_was_kept_goes_where_the_model_is(monkeypatch):
+    """All that holds a sparse weight, and no bias, which stayed in the model; there is one device here to go to."""
+    model, moved = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), []
+    fusedops.sparsify_(model, dense_below=2)
+    linears = list(model)
+    monkeypatch.setattr(convert_handle, "_move", lambda linear, device: moved.append((linear, device.type)))
+    handle = fusedops.quantize_(model, "int8", keep="cpu")
+    assert moved == [(linear, "cpu") for linear in linears]
+    model.to("meta")
+    handle.undo()
+    assert moved[2:] == [(linear, "meta") for linear in linears]
+    held = [linears[0].weight, linears[0].metadata, linears[0].dense]
+    assert {id(tensor) for tensor in stored_tensors(linears[0])} == {id(tensor) for tensor in held}
