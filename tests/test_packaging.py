@@ -16,6 +16,7 @@ from fusedops._core.cuda import images, toolchain
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "fusedops")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "_cubin", "_csrc")
+STUB = ROOT / "tests" / "data" / "cuda_driver_stub.c"
 MAX_WHEEL_BYTES = 8 * 1024 * 1024
 NVCC, NINJA, NVRTC = toolchain.find_nvcc(), shutil.which("ninja"), toolchain.find_nvrtc()
 pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77 or newer")
@@ -31,6 +32,17 @@ print(json.dumps({
     "found": {target: [(image.product, image.origin) for image in [images.ready(images.names()[0], target)] if image]
               for target in ("sm_80", "sm_89", "sm_90a", "sm_100a")},
 }))
+"""
+
+# The same with a stand-in of the driver: its words on what it was given.
+LAUNCHER = """
+import ctypes, sys
+from fusedops._core import cuda
+from fusedops._core.cuda import driver, images
+driver.LIBRARY = sys.argv[1]
+for target in ("sm_80", "sm_90a"):
+    cuda.load(images.names()[0], "fusedops_of_this_test", target)._load(0)
+    print(ctypes.c_int.in_dll(driver.library(), "stub_capability").value)
 """
 
 
@@ -53,16 +65,22 @@ def build(folder, *, compilers):
     return wheel, ended.stdout
 
 
+def unpacked(wheel, folder, code, *arguments):
+    """What code prints where the unpacked wheel is the package."""
+    site = folder / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    environment = os.environ | {"PYTHONPATH": str(site), "FUSEDOPS_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-c", code, *arguments]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
 def loaded(wheel, folder):
     """What LOAD tells of an unpacked wheel."""
-    unpacked = folder / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(unpacked)
-    environment = os.environ | {"PYTHONPATH": str(unpacked), "FUSEDOPS_CACHE_DIR": str(folder / "cache")}
-    ended = subprocess.run([sys.executable, "-c", LOAD], cwd=folder, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
-    assert told["place"].startswith(str(unpacked)) and told["names"] == images.names() != []
+    told = json.loads(unpacked(wheel, folder, LOAD))
+    assert told["place"].startswith(str(folder / "site")) and told["names"] == images.names() != []
     return {target: tuple(map(tuple, found)) for target, found in told["found"].items()}
 
 
@@ -96,6 +114,9 @@ def check_compiled(wheel, folder, compiler):
             for target, capability in (("sm_80", 80), ("sm_90a", 90)):
                 assert cubin.capability(archive.read(f"fusedops/_cubin/{name}.{target}.cubin")) == capability
         assert json.loads(archive.read("fusedops/_cubin/manifest.json"))["compiler"].startswith(compiler)
+    stub = folder / "libcuda.so.1"
+    subprocess.run([shutil.which("gcc") or "cc", "-shared", "-fPIC", "-o", stub, STUB], check=True)
+    assert unpacked(wheel, folder, LAUNCHER, stub).split() == ["80", "90"]
     assert loaded(wheel, folder) == {
         "sm_80": (("sm_80.cubin", "shipped"),),
         "sm_89": (("sm_80.cubin", "shipped"),),

@@ -38,7 +38,7 @@ def stub(compiled_stub, monkeypatch, tmp_path):
     shutil.copy(compiled_stub, path)
     monkeypatch.setattr(driver, "LIBRARY", str(path))
     monkeypatch.setattr(cuda, "current_stream", lambda index: 0x700 + index)
-    monkeypatch.setattr(images, "find", lambda name, target: images.Image(b"\x7fELF", "sm_80.cubin", "shipped"))
+    monkeypatch.setattr(images, "find", lambda name, target: images.Image(b"\x7fELF\0", "sm_80.cubin", "shipped"))
     forget()
     yield driver.library()
     forget()
@@ -129,7 +129,7 @@ def test_loading_leaves_the_current_context_as_it_was(stub):
     other = ctypes.c_void_p()
     stub.cuDevicePrimaryCtxRetain(ctypes.byref(other), 1)
     stub.cuCtxSetCurrent(other)
-    driver.load_module(b"\x7fELF", 0)
+    driver.load_module(b"\x7fELF\0", 0)
     now = ctypes.c_void_p()
     stub.cuCtxGetCurrent(ctypes.byref(now))
     assert now.value == other.value

@@ -10,7 +10,7 @@ static __thread int mode;
 static int allowed_shared[DEVICES] = {48 * 1024, 48 * 1024};
 
 // What a test reads: numbers of the last launch, its parameters, and how often each function was called.
-int stub_launch[16], stub_loads, stub_attributes, stub_encodes, stub_capturing;
+int stub_launch[16], stub_loads, stub_attributes, stub_encodes, stub_capturing, stub_capability;
 size_t stub_count;
 unsigned char stub_parameters[1024];
 void* stub_stream;
@@ -35,6 +35,9 @@ int cuModuleLoadData(void** module, const void* image) {
     if (in_capture()) return CAPTURE_UNSUPPORTED;
     if (!strncmp(image, "wrong", 5)) return NO_IMAGE;
     stub_loads++;
+    // Of an ELF file's header: version of the ABI, flags, in which the capability has its place by that version.
+    const unsigned char* header = image;
+    if (header[0] == 0x7f && header[4]) stub_capability = header[8] >= 8 ? header[49] : header[48];
     return *module = &modules[current - contexts], 0;
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
