@@ -12,23 +12,31 @@ ROOT = Path(__file__).resolve().parent.parent
 ON_DEVICE = "device time under a CUDA graph"
 EAGER = "wall time of eager calls"
 NOT_RUN = 77  # exit status of a stage of the gate that cannot run here, and whose last line says why
-
-NUMBER, TEXT = (int, float), (str,)
-OR_NONE = (type(None),)
-FIELDS = {  # what every row must say
-    "op": TEXT, "shape": TEXT, "dtype": TEXT, "timed": TEXT, "backend": TEXT, "config": TEXT + OR_NONE,
-    "config_source": TEXT + OR_NONE, "bytes": NUMBER, "operations": NUMBER, "seconds": NUMBER, "low": NUMBER,
-    "high": NUMBER, "peers": (dict,), "best_peer": TEXT + OR_NONE, "speedup": NUMBER + OR_NONE,
-    "share_of_copy_bandwidth": NUMBER, "environment": (dict,),
+SCHEMA = json.loads(Path(__file__).with_name("schema.json").read_text())  # what every row must say
+JSON_TYPES = {
+    "array": list, "boolean": bool, "integer": int, "null": type(None), "number": (int, float), "object": dict,
+    "string": str,
 }  # fmt: skip
-ENVIRONMENT_FIELDS = {"device": TEXT, "torch": TEXT, "triton": TEXT + OR_NONE, "commit": TEXT, "date": TEXT}
 
 
-def missing(row):
-    """Names of the fields that a row lacks, or has of a wrong type."""
-    wrong = [name for name, types in FIELDS.items() if not isinstance(row.get(name, ...), types)]
-    about = row.get("environment", {})
-    return wrong + [n for n, types in ENVIRONMENT_FIELDS.items() if not isinstance(about.get(n, ...), types)]
+def violations(value, schema=SCHEMA, path="row"):
+    """What of a value is not as its JSON schema says, one sentence each; of the keywords that schema.json has."""
+    types = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type", list(JSON_TYPES))
+    is_bool = isinstance(value, bool)  # no number in JSON, but one in Python
+    if not any(isinstance(value, JSON_TYPES[name]) and (not is_bool or name == "boolean") for name in types):
+        return [f"{path} must be {' or '.join(types)}, got {value!r}"]
+    found = []
+    if "enum" in schema and value not in schema["enum"]:
+        found.append(f"{path} must be one of {schema['enum']}, got {value!r}")
+    if isinstance(value, int | float) and not is_bool:
+        if value != value or value <= schema.get("exclusiveMinimum", float("-inf")):
+            found.append(f"{path} must be above {schema.get('exclusiveMinimum', '-inf')}, got {value!r}")
+    if isinstance(value, dict):
+        found += [f"{path}.{name} is missing" for name in schema.get("required", ()) if name not in value]
+        known, other = schema.get("properties", {}), schema.get("additionalProperties", {})
+        for name, inner in value.items():
+            found += violations(inner, known.get(name, other), f"{path}.{name}")
+    return found
 
 
 def first_line_of(*command):

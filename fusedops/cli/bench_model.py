@@ -24,7 +24,8 @@ def add_arguments(parser):
     parser.add_argument("--prompt-tokens", **span, help="length of each prompt (default: 16-512)")
     parser.add_argument("--new-tokens", **span, help="tokens that each request wants (default: 64)")
     parser.add_argument("--ways", type=_ways, metavar="WAY,...", help=f"default: {','.join(serving.WAYS)}")
-    parser.add_argument("--rate", type=_positive_number, metavar="X", help="requests a second (default: all at once)")
+    number = {"type": setting.positive_number, "metavar": "X"}
+    parser.add_argument("--rate", **number, help="requests a second (default: all at once)")
     parser.add_argument("--page-size", type=setting.positive, default=16, metavar="N", help="tokens (default: 16)")
     parser.add_argument(
         "--batch-tokens",
@@ -35,7 +36,7 @@ def add_arguments(parser):
     )
     parser.add_argument("--rounds", type=setting.positive, default=1, metavar="N", help="all ways in each (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: 0)")
-    parser.add_argument("--price-per-hour", type=_positive_number, metavar="X", help="of this machine, for the cost")
+    parser.add_argument("--price-per-hour", **number, help="of this machine, for the cost")
     parser.add_argument("--quick", action="store_true", help="6 prompts of 16-128 tokens, 8 new tokens, unless given")
     parser.add_argument("--json", metavar="FILE", help="write a row for each way to a file")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ways side by side")
@@ -47,16 +48,6 @@ def _ways(text):
     if unknown:
         raise argparse.ArgumentTypeError(f"must be some of {', '.join(serving.WAYS)}, got {unknown[0]!r}")
     return [name for name in serving.WAYS if name in chosen]
-
-
-def _positive_number(text):
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return number
 
 
 def run(args):

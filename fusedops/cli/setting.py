@@ -20,6 +20,17 @@ def positive(text):
     return int(text)
 
 
+def positive_number(text):
+    """A positive number, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return number
+
+
 def add_arguments(parser):
     """Declare --model, --device and --dtype."""
     parser.add_argument(

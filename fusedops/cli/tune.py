@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 
-from fusedops.cli import model_calls
+from fusedops.cli import model_calls, setting
 from fusedops.cli.console import CommandError, Console, first_line
 from fusedops.cli.explain import DTYPES, example_call, shape
 
@@ -29,7 +29,9 @@ def add_arguments(parser):
         "--batches", type=_sizes, default=(1, 16, 64), metavar="1,16,64", help="with --model: of decoding"
     )
     parser.add_argument("--prompt", type=_size, default=2048, help="with --model: tokens of a prompt; default: 2048")
-    parser.add_argument("--seconds", type=_seconds, default=600.0, help="for everything together; default: 600")
+    parser.add_argument(
+        "--seconds", type=setting.positive_number, default=600.0, help="for everything together; default: 600"
+    )
     parser.add_argument("--force", action="store_true", help="measure again what is known")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -42,16 +44,6 @@ def _size(text):
 
 def _sizes(text):
     return tuple(_size(part) for part in text.split(","))
-
-
-def _seconds(text):
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
-    return seconds
 
 
 def run(args):

@@ -12,6 +12,7 @@ import fusedops
 from fusedops import cli
 from fusedops._core import env
 from fusedops.cli import bench, console, doctor
+from tests.cli.common import run
 
 
 @pytest.fixture(autouse=True)
@@ -23,16 +24,6 @@ def fresh_environment(monkeypatch, tmp_path):
     env.refresh()
     yield
     env.refresh()
-
-
-def run(capsys, *arguments):
-    """Exit status, stdout and stderr of one command."""
-    try:
-        status = cli.main([str(argument) for argument in arguments])
-    except SystemExit as leaving:
-        status = leaving.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def set_variable(monkeypatch, name, value):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedops import cli, tuning
+from fusedops import tuning
 from fusedops._core import env
 from fusedops._core.device import INTERPRETER
 from fusedops._core.register import operators
@@ -15,6 +15,7 @@ from fusedops._core.tuning import store
 from fusedops._core.tuning.entry import Entry, checksum
 from fusedops.cli import model_calls
 from fusedops.tuning import upkeep
+from tests.cli.common import run
 from tests.core.tuning_problems import Clock
 
 CONFIG = {
@@ -42,16 +43,6 @@ def cache(monkeypatch, tmp_path):
 
 def norms():
     return operators()["rms_norm"].module("triton").FORWARD
-
-
-def run(capsys, *arguments):
-    """Exit status, stdout and stderr of one command."""
-    try:
-        status = cli.main([str(argument) for argument in arguments])
-    except SystemExit as leaving:
-        status = leaving.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def entry(n=256, limits=INTERPRETER, **changes):

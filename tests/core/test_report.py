@@ -55,9 +55,28 @@ def test_every_operator_has_its_benchmark():
 def test_rows_say_what_their_figures_depend_on(report, load_script):
     rows = load_script("_rows")
     kept = report.load(ROOT / "benchmarks/results")
-    assert kept and [(one["op"], rows.missing(one)) for one in kept if rows.missing(one)] == []
-    assert rows.missing({**row(config_source=None), "seconds": "fast"}) == ["seconds"]
-    assert rows.missing({**row(), "environment": {"device": "x"}}) == ["torch", "triton", "commit", "date"]
+    assert kept and [found for one in kept for found in rows.violations(one)] == []
+    assert rows.violations(row(config_source=None, share_of_matmul_rate=0.5)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seconds": "fast"}, "row.seconds must be number, got 'fast'"),
+        ({"seconds": 0.0}, "row.seconds must be above 0, got 0.0"),
+        ({"low": float("nan")}, "row.low must be above 0, got nan"),
+        ({"bytes": True}, "row.bytes must be number, got True"),
+        ({"peers": {"torch": -1.0}}, "row.peers.torch must be above 0, got -1.0"),
+        ({"timed": "by hand"}, "row.timed must be one of "),
+        ({"goal_met": 1}, "row.goal_met must be boolean or null, got 1"),
+        ({"environment": {"device": "x", "torch": "2", "triton": None, "date": DATE}}, "row.environment.commit is mis"),
+    ],
+)  # fmt: skip
+def test_what_is_not_as_the_schema_says_is_found(load_script, change, sentence):
+    rows = load_script("_rows")
+    (found,) = rows.violations({**row(), **change})
+    assert found.startswith(sentence)
+    assert rows.violations({name: value for name, value in row().items() if name != "op"}) == ["row.op is missing"]
 
 
 def test_pages_say_what_the_rows_say(report, capsys):
