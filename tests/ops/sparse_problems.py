@@ -79,11 +79,11 @@ class Call:
         return self.options.get("out_dtype") or (torch.bfloat16 if self.a.dtype in CODES else self.a.dtype)
 
     def budget(self, truth):
-        """The default, and of float32 what 1 + erf or tanh loses of 1: all there is, where the result is one number."""
-        if self.out_dtype() != torch.float32 or self.options.get("activation") not in ("gelu", "gelu_tanh"):
+        """The default, and what float32's 1 + erf or tanh loses of 1: all there is, where results are few numbers."""
+        if self.options.get("activation") not in ("gelu", "gelu_tanh") or not truth.any():
             return None
         lost = self.truth(activation=None).abs() * torch.finfo(torch.float32).eps
-        return counted_budget(torch.float32, lost, truth) if truth.any() else None
+        return counted_budget(self.out_dtype(), lost, truth)
 
 
 def call_of(
