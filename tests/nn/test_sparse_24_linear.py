@@ -14,7 +14,7 @@ from fusedops.nn import Sparse24Linear
 from fusedops.ops.quantize import reference
 from fusedops.testing import assert_accurate, make_tensor, strategies
 from tests.nn.quantized_problems import assert_same, linear
-from tests.ops.common import DTYPES, assert_compiles, assert_rejected
+from tests.ops.common import DTYPES, assert_compiles, assert_rejected, using
 
 FP8 = torch.float8_e4m3fn
 FORMATS = {None: None, "int8": torch.int8, "fp8": FP8}
@@ -66,6 +66,15 @@ def test_accuracy(format, shape, N, dtype, bias, dense_below, data):
     with torch.no_grad():
         out = layer(x)
     assert out.is_contiguous() and out.dtype == dtype
+    assert_accurate(out, truth_of(layer, x), zeros=False)
+
+
+@EVERY_FORMAT
+def test_kernels(format):
+    """By the kernels, through the ways that check: nothing of torch's composition is left behind."""
+    layer, x = sparse(format, 40, 150), make_tensor((2, 150, 3), torch.float32, seed=5).transpose(1, 2)
+    with using("triton"), torch.no_grad():
+        out = layer(x)
     assert_accurate(out, truth_of(layer, x), zeros=False)
 
 
@@ -314,63 +323,6 @@ def test_compile(format):
     layer = sparse(format, 24, 40)
     with torch.no_grad():
         assert_compiles(layer, *[(make_tensor((rows, 40), torch.float32, seed=rows),) for rows in (3, 5)])
-
-
-# ---- state dicts
-
-
-@EVERY_FORMAT
-@pytest.mark.parametrize("way", ["copied", "assigned", "to_empty", "safetensors"])
-def test_state_dict_round_trip(format, way, tmp_path):
-    layer = sparse(format, 30, 71, torch.bfloat16)
-    state = layer.state_dict()
-    other = Sparse24Linear(71, 30, device="cpu" if way == "copied" else "meta", dtype=torch.bfloat16, format=format)
-    if way == "to_empty":
-        other.to_empty(device="cpu")
-    if way == "safetensors":
-        files = pytest.importorskip("safetensors.torch")
-        files.save_file(state, tmp_path / "layer.safetensors")
-        state = files.load_file(tmp_path / "layer.safetensors")
-    other.load_state_dict(state, assign=way in ("assigned", "safetensors"))
-    assert_same(other.state_dict(), layer.state_dict())
-    x = make_tensor((2, 71), torch.bfloat16, seed=2)
-    with torch.no_grad():
-        assert torch.equal(other(x), layer(x))
-    assert {key: p.requires_grad for key, p in other.named_parameters()} == {key: key == "bias" for key in state}
-
-
-REFUSED = {
-    "a plain layer's weight": ("weight", lambda t: torch.zeros(24, 40), "of shape [24, 40]"),
-    "other values": ("weight", lambda t: t.to(torch.int16), "got int16"),
-    "a dense weight": ("weight", lambda t: torch.cat((t, t), -1)[..., :40], "of shape [1, 24, 40]"),
-    "a byte less": ("metadata", lambda t: t[:, :-1], "of shape [24, 15]"),
-    "signed bytes": ("metadata", lambda t: t.view(torch.int8), "got int8"),
-    "another bias": ("bias", lambda t: t[:5], "of shape [5]"),
-}
-
-
-@pytest.mark.parametrize("format", [None, "int8"])
-@pytest.mark.parametrize("case", REFUSED)
-def test_state_dict_that_does_not_fit(format, case):
-    key, change, got = REFUSED[case]
-    model = torch.nn.Sequential(sparse(format, 24, 40))
-    before = copy.deepcopy(model.state_dict())
-    state = {f"0.{k}": v for k, v in sparse(format, 24, 40, seed=9).state_dict().items()}
-    state[f"0.{key}"] = change(state[f"0.{key}"])
-    with pytest.raises(RuntimeError, match=f"Sparse24Linear: 0.{key} must be ") as raised:
-        model.load_state_dict(state)
-    assert got in str(raised.value)
-    assert_same(model.state_dict(), before)
-
-
-@EVERY_FORMAT
-def test_a_plain_layer_refuses_the_state_dict(format):
-    """Also of sizes at which the numbers of elements are the same, and where it is told to take what fits."""
-    state = sparse(format, 24, 32, bias=False).state_dict()
-    for strict in (True, False):
-        for plain in (torch.nn.Linear(32, 24, bias=False), torch.nn.Linear(state["weight"].shape[-1], 24, bias=False)):
-            with pytest.raises(RuntimeError, match="size mismatch for weight"):
-                plain.load_state_dict(state, strict=strict)
 
 
 # ---- rejects
