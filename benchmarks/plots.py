@@ -1,4 +1,12 @@
-"""Plots of results: our speed beside the others', and each operator's place under the roofline. Readable in print."""
+"""Plots of results: our speed beside the others', latency against rows, the roofline. Readable in print.
+
+python benchmarks/plots.py ROWS.json DIR PREFIX
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
 
 import matplotlib
 
@@ -7,6 +15,7 @@ import matplotlib.pyplot as plt
 from _rows import EAGER, ON_DEVICE, share
 
 MAX_GROUPS = 12  # of bars in one picture
+MIN_SIZES = 3  # numbers of rows that make a line
 INK = ("#0b4f6c", "#7fb7d1", "#d98e04", "#8c8c8c", "#c8d5b9", "#6b3e75", "#e3b5a4", "#3d3d3d")  # apart in grey as well
 MARKERS = "osD^vP*X"
 HATCHES = ("", "//", "..", "xx", "", "\\\\", "--", "")
@@ -29,6 +38,8 @@ def draw(rows, folder, prefix):
     pictures = {"roofline": roofline(rows)}
     for name, group in groups(rows).items():
         pictures[name] = bars(group, name)
+    for name, group in by_batch(rows).items():
+        pictures[f"{name}_latency"] = latency(group, name)
     paths = []
     for name, figure in pictures.items():
         if figure is not None:
@@ -52,6 +63,41 @@ def groups(rows):
             part = f"_{1 + first // MAX_GROUPS}" if len(group) > MAX_GROUPS else ""
             named[name + part] = group[first : first + MAX_GROUPS]
     return named
+
+
+def by_batch(rows):
+    """Name of a picture to the rows by the number with which their shapes begin, which else are equal."""
+    found = {}
+    for row in rows:
+        size = re.match(r"(\d+)x(.+)", row["shape"])
+        if size and row["seconds"]:
+            found.setdefault((row["op"], size[2], row["dtype"]), []).append((int(size[1]), row))
+    named = {}
+    for (op, rest, dtype), group in found.items():
+        sizes = dict(sorted(group, key=lambda pair: pair[0]))
+        if len(sizes) >= MIN_SIZES:
+            named[re.sub(r"\W+", "_", f"{op}_{rest}_{short(dtype)}")] = sizes
+    return named
+
+
+def latency(sizes, name):
+    """Time against the number of rows, a line for each candidate."""
+    rows = list(sizes.values())
+    figure, axes = plt.subplots(figsize=(8.2, 3.8), layout="constrained")
+    for place, candidate in enumerate(["fusedops", *dict.fromkeys(peer for row in rows for peer in row["peers"])]):
+        times = {size: {"fusedops": row["seconds"], **row["peers"]}.get(candidate) for size, row in sizes.items()}
+        there = [(size, seconds * 1e6) for size, seconds in times.items() if seconds is not None]
+        style = {"color": INK[place % len(INK)], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
+        axes.plot(*zip(*there), label=candidate, linewidth=2 if place == 0 else 1, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(list(sizes), list(map(str, sizes)))
+    axes.set_xlabel("rows")
+    axes.set_ylabel("µs, less is better")
+    axes.grid(True, which="major", linewidth=0.3)
+    figure.suptitle(f"{name.replace('_', ' ')}\n{caption(rows)}", fontsize=8.5)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure
 
 
 def under_operations(row):
@@ -162,3 +208,9 @@ def roofline(rows):
 def reached(row):
     """The part of its ceiling."""
     return row["share_of_matmul_rate"] if under_operations(row) else row["share_of_copy_bandwidth"]
+
+
+if __name__ == "__main__":
+    source, folder, prefix = sys.argv[1:]
+    for drawn in draw(json.loads(Path(source).read_text()), Path(folder), prefix):
+        print(drawn)

@@ -4,6 +4,7 @@ Timing needs a source checkout. ``bench compare A.json B.json`` tells what moved
 model`` and ``bench accuracy`` are commands of their own, `fusedops.cli.bench_model` and `fusedops.cli.bench_accuracy`.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ def add_arguments(parser):
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds, to see that it runs")
     parser.add_argument("--json", metavar="FILE", help="write every row to a file")
+    parser.add_argument("--plot", metavar="DIR", help="draw the roofline, bars beside peers, latency against rows")
 
 
 def run(args):
@@ -40,6 +42,8 @@ def run(args):
     if args.op != "all" and args.op not in scripts:
         raise CommandError(f"op must be all or one of {', '.join(scripts)}, got {args.op!r}")
     check_output(args.json)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("--plot needs matplotlib: pip install 'fusedops[bench]'")
     chosen = scripts if args.op == "all" else {args.op: scripts[args.op]}
     failed, rows = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -49,11 +53,19 @@ def run(args):
                 failed.append(name)
             if output.exists():
                 rows += json.loads(output.read_text())
+        if args.plot and rows and draw(rows, args.plot, args.op, Path(folder) / "rows.json"):
+            failed.append("--plot")
     if args.json:
         write_json(args.json, rows)
     if failed:
         print(f"fusedops bench: failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
+
+
+def draw(rows, folder, prefix, scratch):
+    """Draw rows into a folder as ``<prefix>_<picture>.png``, and return the exit status of what draws."""
+    scratch.write_text(json.dumps(rows))
+    return subprocess.run([sys.executable, str(FOLDER / "plots.py"), str(scratch), str(folder), prefix]).returncode
 
 
 def compare_files(files):

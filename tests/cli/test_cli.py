@@ -180,6 +180,22 @@ def test_bench_gathers_rows_and_reports_failures(capsys, monkeypatch, tmp_path):
     assert run(capsys, "bench", "one")[0] == 0
 
 
+def test_bench_draws_its_rows(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    writes = "import sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write('[7]')"
+    (tmp_path / "bench_one.py").write_text(writes)
+    draws = "import sys; rows, folder, prefix = sys.argv[1:]; open(folder, 'w').write(open(rows).read() + prefix)"
+    (tmp_path / "plots.py").write_text(draws)
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    assert run(capsys, "bench", "one", "--plot", tmp_path / "drawn")[0] == 0
+    assert (tmp_path / "drawn").read_text() == "[7]one"
+    status, _, err = run(capsys, "bench", "one", "--plot", tmp_path / "no" / "folder")
+    assert status == 1 and "failed: --plot" in err
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    status, _, err = run(capsys, "bench", "one", "--plot", tmp_path / "drawn")
+    assert status != 0 and "needs matplotlib" in err
+
+
 def bench_row(op, seconds, device="cpu"):
     return {"op": op, "shape": "2x3", "dtype": "float32", "timed": "wall time of eager calls", "seconds": seconds,
             "low": seconds * 0.99, "high": seconds * 1.01, "environment": {"device": device}}  # fmt: skip

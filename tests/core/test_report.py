@@ -224,6 +224,19 @@ def test_plots_are_drawn(load_script, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
+def test_latency_is_drawn_against_rows(load_script, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plots = load_script("plots")
+    products = [row(op="mm", shape=f"{size}x64x9 rows", seconds=size * 1e-6) for size in (64, 1, 16)]
+    few = [row(op="few", shape=f"{size}x64") for size in (1, 2)] + [row(op="few", shape="4x65")]
+    ((name, sizes),) = plots.by_batch(products + few).items()
+    assert name == "mm_64x9_rows_bf16" and list(sizes) == [1, 16, 64] and sizes[16]["seconds"] == 16e-6
+    (axes,) = plots.latency(sizes, name).axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert drawn["fusedops"] == ([1, 16, 64], pytest.approx([1.0, 16.0, 64.0]))
+    assert drawn["liger"] == ([1, 16, 64], pytest.approx([220.0] * 3)) and set(drawn) == {"fusedops", "torch", "liger"}
+
+
 def test_rows_are_read_with_python_alone():
     """What the gate itself imports must work beside a torch that is broken."""
     code = "import sys; import _rows; print(sorted({'torch', 'fusedops', 'matplotlib'} & set(sys.modules)))"
