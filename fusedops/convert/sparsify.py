@@ -42,7 +42,8 @@ def sparsify_(
         layers: Linears to take, or modules around them: full names, last parts of names, or patterns of fnmatch; None
             takes all.
         skip: Linears to leave alone, in the same terms.
-        dense_below: Of `Sparse24Linear`: calls with fewer rows than this multiply by a dense copy of the weight.
+        dense_below: Of `Sparse24Linear`: calls with fewer rows than this, or for which dense was measured to be faster
+            (``"measured"``), multiply by a dense copy of the weight.
         keep: Keep the float weights, so that `undo` can restore them: True where they are, ``"cpu"`` on the CPU.
         train: Only mask the weights, for training. With ``keep=True`` `undo` writes the values from before back.
         progress: Is called with (done, total) after each run of the model on a batch, of which Wanda needs two, and
