@@ -17,6 +17,7 @@ from _rows import EAGER, ON_DEVICE, share
 MAX_GROUPS = 12  # of bars in one picture
 MIN_SIZES = 3  # numbers of rows that make a line
 INK = ("#0b4f6c", "#7fb7d1", "#d98e04", "#8c8c8c", "#c8d5b9", "#6b3e75", "#e3b5a4", "#3d3d3d")  # apart in grey as well
+SPARSE = ("_cslt_sparse_mm", "SparseSemiStructuredTensor", "torchao")  # peers of sparse_matmul that are not dense
 MARKERS = "osD^vP*X"
 HATCHES = ("", "//", "..", "xx", "", "\\\\", "--", "")
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.5})
@@ -35,7 +36,7 @@ def draw(rows, folder, prefix):
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{prefix}_*.png"):
         path.unlink()
-    pictures = {"roofline": roofline(rows)}
+    pictures = {"roofline": roofline(rows), "sparse_matmul_crossover": crossover(rows)}
     for name, group in groups(rows).items():
         pictures[name] = bars(group, name)
     for name, group in by_batch(rows).items():
@@ -162,6 +163,32 @@ def short(dtype):
 def figure_of(value):
     """Three digits or more."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def crossover(rows):
+    """How much faster the sparse product is than the best dense one, by rows; None where that was not measured."""
+    lines = {}
+    for row in rows:
+        dense = [seconds for name, seconds in row["peers"].items() if name not in SPARSE]
+        if row["op"] == "sparse_matmul" and dense:
+            number, _, weight = row["shape"].partition("x")
+            place = int(number), min(dense) / row["seconds"]
+            lines.setdefault(f"{weight}, {short(row['dtype'])}", []).append(place)
+    lines = {name: sorted(places) for name, places in lines.items() if len(places) > 1}
+    if not lines:
+        return None
+    figure, axes = plt.subplots(figsize=(8.2, 3.8), layout="constrained")
+    for index, (name, places) in enumerate(lines.items()):
+        style = {"color": INK[index % len(INK)], "linestyle": ("-", "--", ":")[index // len(INK) % 3], "markersize": 4}
+        axes.plot(*zip(*places), MARKERS[index % len(MARKERS)], label=name, **style)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rows of a")
+    axes.set_ylabel("time of the best dense / ours")
+    axes.grid(True, which="major", linewidth=0.3)
+    figure.suptitle(f"2:4 sparse beside dense: above 1 sparse is faster\n{caption(rows)}", fontsize=8.5)
+    figure.legend(loc="outside right center", fontsize=7.5, frameon=False)
+    return figure
 
 
 def roofline(rows):

@@ -244,3 +244,26 @@ def test_rows_are_read_with_python_alone():
         [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_the_crossover_of_sparse_and_dense_is_drawn(load_script, tmp_path):
+    """Beside the best dense way, whatever other sparse ones did; with one number of rows there is no line."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plots = load_script("plots")
+    peers = {"F.linear": 4e-4, "matmul, transposed": 3e-4, "_cslt_sparse_mm": 1e-4}
+    rows = [row(op="sparse_matmul", shape=f"{m}x4096x4096", peers=peers, seconds=2e-4) for m in (1, 64, 4096)]
+    figure = plots.crossover(rows)
+    drawn, level = figure.axes[0].get_lines()
+    assert list(drawn.get_xdata()) == [1, 64, 4096] and list(drawn.get_ydata()) == pytest.approx([1.5] * 3)
+    assert set(level.get_ydata()) == {1}
+    assert plots.crossover(rows[:1]) is None and plots.crossover([row()]) is None
+    assert "gpu_sparse_matmul_crossover.png" in {path.name for path in plots.draw(rows, tmp_path, "gpu")}
+
+
+def test_sparse_goals_are_ratios_to_the_dense_ways(load_script):
+    """Goal 9: 1.5 up to 64 rows, 1.35 from 2048 on, and another sparse product does not count as dense."""
+    bench = load_script("bench_sparse_matmul")
+    few, many, between = (bench.case(rows, (64, 128), bench.OUT, "cpu") for rows in (64, 2048, 128))
+    assert few.goal == many.goal == between.goal == (None, None)  # a CPU has none
+    assert {"F.linear", "matmul, transposed"} < set(few.against) and not set(few.against) & set(bench.SPARSE)
+    assert [bench.goal_of("cuda", rows)[0] for rows in (1, 64, 128, 2048, 8192)] == [1.5, 1.5, None, 1.35, 1.35]
