@@ -67,7 +67,8 @@ def test_the_language_is_itself_again_after_a_launch_and_after_a_failure():
 def test_a_shape_that_was_seen_is_described_as_the_first_time(element):
     first = tl.block_type(element, [8, tl.constexpr(2)])
     again = tl.block_type(element, first.shape)
-    assert again == first == tl.block_type(element, [8, 2]) and str(again) == str(first) == f"<{first.shape}, {element}>"
+    assert again == first == tl.block_type(element, [8, 2])
+    assert str(again) == str(first) == f"<{first.shape}, {element}>"
     assert again.shape is first.shape and again.numel == 16 and again.element_ty is element
     assert tl.block_type(element, [2, 8]) != first != tl.block_type(tl.float16, [8, 2])
     tensors = [tl.tensor(None, kind) for kind in (first, again, element)]
