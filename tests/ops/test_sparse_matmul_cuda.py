@@ -118,6 +118,7 @@ def test_drawn_cases(sizes, dtype, bias, activation, scales, layout, seed):
 def test_batch_invariant_rows_have_the_same_bits_alone(dtype):
     call = call_of(dtype, 80, 40, 200, bias=torch.float32, scales=("one", "row"))
     with fusedops.batch_invariant(), using(KERNEL):
+        assert _cuda.supports(call.a[:1], *call.args[1:], None, None, None, call.out_dtype(), None) is None
         together = call.run()
         call.args = call.a[5:6], *call.args[1:]
         alone = call.run()
@@ -147,4 +148,7 @@ def test_every_default_fits_its_gpu(target):
             tile = mma.default(rows, columns, device_limits)
             assert tile in mma.candidates()
             assert all(tile.shared_bytes(dtype) <= device_limits.shared_memory for dtype in DTYPES)
-    assert mma.default(4096, 4096, device_limits) == mma.LARGE and mma.default(65, 512, device_limits) == mma.SMALL
+    # Many tiles; half of one in nine and of one in two empty; few tiles.
+    sizes = [(4096, 4096), (1088, 28672), (192, 128_000), (65, 512)]
+    chosen = [mma.default(*size, device_limits) for size in sizes]
+    assert chosen == [mma.LARGE, mma.LARGE, mma.SMALL, mma.SMALL]
