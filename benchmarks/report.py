@@ -209,7 +209,7 @@ def accuracy(paths, sparse=False):
             f"{machine(told['environment'])}.\n\n"
         )
         if sparse:
-            text += sparse_table(rows)
+            text += sparse_table(rows, told["environment"])
             continue
         header = ("weights, activations", "perplexity:", "change:", "goal:", "converted layers, MiB:", "of bfloat16's:")
         text += markdown(header, [line_of_weights(row) for row in rows]) + "\n"
@@ -226,8 +226,9 @@ def is_plain(row):
     return row.get("scheme", row["label"]) in ("float32", "bfloat16")
 
 
-def sparse_table(rows):
+def sparse_table(rows, about):
     """The table of pruned models, and a line on how each fine-tuned one was trained."""
+    busy = " while other programs were busy" if (about["load"] or 0) > about["cores"] / 2 else ""
     header = ("weights", "perplexity:", "times dense's:", "gap won back:", "goal", "layers:", "MiB:", "of bfloat16's:")
     lines = []
     for row in rows:
@@ -236,15 +237,16 @@ def sparse_table(rows):
         lines.append([
             row["label"], value, f"{row['change'] + 1:.2f}" if change else "", "" if won is None else f"{won:.0%}",
             f"{asked}: {'met' if row['goal_met'] else 'missed'}" if asked else "",
-            "" if is_plain(row) else str(row["layers"]), size, share,
+            "" if row["layers"] is None else str(row["layers"]), size, share,
         ])  # fmt: skip
     text = markdown(header, lines) + "\n"
     for row in rows:
         if row["finetune"]:
             of = row["finetune"]
             first, last = of["losses"][0], sum(of["losses"][-8:]) / len(of["losses"][-8:])
+            took = f"{of['seconds'] / 60:.1f} minutes{busy}"
             text += (
-                f"{row['label']}: {of['steps']} steps over {of['tokens']} tokens in {of['seconds'] / 60:.1f} minutes; "
+                f"{row['label']}: {of['steps']} steps over {of['tokens']} tokens in {took}; "
                 f"the loss fell from {first:.2f} to {last:.2f}, the mean of the last 8.\n\n"
             )
     return text

@@ -169,7 +169,8 @@ def test_pruned_models_have_tables_of_their_own(report, tmp_path):
     }  # fmt: skip
     tuned = {"steps": 10, "tokens": 5120, "seconds": 90.0, "losses": [2.0, *[1.0] * 8, 0.5]}
     told = {
-        "model": "tiny", "tokens": 4096, "window": 512, "environment": {**MACHINE, "dtype": "float32"},
+        "model": "tiny", "tokens": 4096, "window": 512,
+        "environment": {**MACHINE, "dtype": "float32", "load": 0.2, "cores": 2},
         "text": {"source": "words.txt", "sha256": "0123456789abcdef"},
         "rows": [
             {**row_of, "scheme": "float32", "label": "float32", "perplexity": 20.0, "change": 0.0},
@@ -183,10 +184,13 @@ def test_pruned_models_have_tables_of_their_own(report, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(told))
     text = report.accuracy([tmp_path / "a.json"], sparse=True)
     assert "pruned models compute in float32. A CPU" in text and "int8" not in text
-    assert "| float32 | 20.000 | 1.00 |  |  |  | 4.0 | 1.00 |" in text
+    assert "| float32 | 20.000 | 1.00 |  |  | 3 | 4.0 | 1.00 |" in text
     assert "| 2:4 | 50.000 | 2.50 |  | below y: met | 3 | 4.0 | 1.00 |" in text
     assert "| 2:4 tuned | 30.000 | 1.50 | 67% | at least 33%: missed | 3 | 4.0 | 1.00 |" in text
     assert "2:4 tuned: 10 steps over 5120 tokens in 1.5 minutes; the loss fell from 2.00 to 0.94" in text
+    told["environment"]["load"] = 1.5
+    (tmp_path / "b.json").write_text(json.dumps(told))
+    assert "1.5 minutes while other programs were busy; the" in report.accuracy([tmp_path / "b.json"], sparse=True)
     dense = report.accuracy([tmp_path / "a.json"])
     assert "2:4" not in dense and "| int8 W8A8 | 20.200 | +1.00% |" in dense
     told["rows"] = told["rows"][:2]
