@@ -65,11 +65,14 @@ def test_stage_results(gate, tmp_path):
 
 
 def test_a_stage_that_hangs_ends_with_its_children_and_keeps_its_output(gate, tmp_path):
-    child = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
+    late = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
+    child = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', {late!r}])"
     started = time.monotonic()
     ended = gate.run_stage(python(gate, "a", f"print('begun', flush=True); {child}"), tmp_path / "gate.log", 2)
     assert ended["result"] == "out of time" and time.monotonic() - started < 20
     assert (tmp_path / "gate.log").read_text().endswith("begun\n")
+    time.sleep(max(0.0, started + 5 - time.monotonic()))
+    assert not (tmp_path / "late").exists()
 
 
 def test_goes_on_after_a_failure_and_prints_the_table_last(gate, monkeypatch, tmp_path, capsys):

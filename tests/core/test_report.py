@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 DATE = "2026-01-02T03:04:05+00:00"
@@ -50,6 +51,19 @@ def row(op="rms_norm", shape="8192x4096", seconds=2e-4, date=DATE, timed="device
 def test_every_operator_has_its_benchmark():
     folders = {path.parent.name for path in (ROOT / "fusedops/ops").glob("*/__init__.py")}
     assert folders == {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_benchmark_measures_zeros(load_script, name):
+    """Constants switch fewer transistors than data, and run faster."""
+    case = next(iter(load_script(name).cases("cpu", True)))
+    made = [a.double() for a in case.make(0) if isinstance(a, torch.Tensor) and a.dim() > 1]
+    constant = [float(a.std()) == 0 for a in made]
+    assert made and not constant[0]
+    assert not any(constant) or name == "bench_write_kv_cache"  # whose pages are written to
 
 
 def test_rows_say_what_their_figures_depend_on(report, load_script):
