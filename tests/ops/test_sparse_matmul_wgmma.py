@@ -7,11 +7,12 @@ import subprocess
 import pytest
 import torch
 
-from fusedops import decompress_24, sparse_matmul
+from fusedops import batch_invariant, decompress_24, sparse_matmul
 from fusedops._core import cubin, sass
 from fusedops._core.checks import ACTIVATIONS
 from fusedops._core.cuda import images
 from fusedops._core.device import TARGETS
+from fusedops.ops.sparse_matmul import _cuda
 from fusedops.ops.sparse_matmul._cuda import wgmma
 from fusedops.testing import assert_accurate, ptx
 from tests.ops.common import using
@@ -139,6 +140,17 @@ def test_an_operand_that_starts_anywhere(dtype):
     with using("emulate-sm_90a"):
         out = sparse_matmul(case.a, values, case.metadata, out_dtype=None if dtype.itemsize == 2 else torch.bfloat16)
     assert torch.equal(out, case.truth().to(out.dtype))
+
+
+def test_batch_invariant_rows_have_one_kernel_wherever_they_start():
+    case, limits = problem(torch.bfloat16, 70, 64, 208), TARGETS["sm_90a"]
+    shifted = torch.cat((case.a.flatten()[:1], case.a.flatten()))[1:].view(case.a.shape)
+    found = []
+    for enabled in (False, True):
+        with batch_invariant(enabled):
+            found += [type(_cuda.config("", limits, a, case.values, case.metadata)) for a in (case.a, shifted)]
+    assert found[0] is not found[1]
+    assert found[2] is found[3] is wgmma.WgmmaConfig
 
 
 def test_other_devices_are_rejected():

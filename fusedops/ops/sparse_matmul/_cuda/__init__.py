@@ -25,11 +25,12 @@ def config(op, device_limits, a, values, metadata, *rest):
 def _kernel(device_limits, a, values, metadata):
     """The kernel that takes a call, the one of Hopper where it can, and its tile.
 
-    That one asks where a starts; a that starts elsewhere is copied for it only if there is no other kernel.
+    That one asks where a starts; a that starts elsewhere is copied for it only if there is no other kernel, or where
+    a row's bits must not follow from its address.
     """
     rows, columns = a.shape[0], values.shape[0]
     rejected = [kernel.rejection(device_limits, a, values, metadata) for kernel in (mma, wgmma)]
-    if rejected[1] is None and (rejected[0] is not None or not wgmma.misses(a)):
+    if rejected[1] is None and (rejected[0] is not None or invariance.enabled() or not wgmma.misses(a)):
         return wgmma, wgmma.default(rows, columns, a.dtype, device_limits)
     return mma, mma.default(rows, columns, device_limits)
 
