@@ -119,8 +119,7 @@ def compiled(kept, text):
     if not stored.exists():
         source = stored.with_suffix(".cu")
         source.write_text(text)
-        few = ("-Xcicc", "-O1")  # optimisations: 27 kernels in half of the time
-        options = (*few, "-I", str(images.sources()), "-arch=compute_80", "-lineinfo", "--ptx", "-o", str(stored))
+        options = ("-I", str(images.sources()), "-arch=compute_80", "-lineinfo", "--ptx", "-o", str(stored))
         nvcc(kept, source.name, *options)
     return stored.read_text()
 
