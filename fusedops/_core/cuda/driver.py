@@ -19,7 +19,7 @@ class DriverError(RuntimeError):
     """The driver's own words."""
 
 
-class _Attribute(ctypes.Structure):
+class Attribute(ctypes.Structure):
     """CUlaunchAttribute: an identifier and a union of 64 bytes, of which the cluster's dimensions are used."""
 
     _fields_ = [
@@ -30,7 +30,7 @@ class _Attribute(ctypes.Structure):
     ]
 
 
-class _Config(ctypes.Structure):
+class Config(ctypes.Structure):
     """CUlaunchConfig."""
 
     _fields_ = [
@@ -38,7 +38,7 @@ class _Config(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.POINTER(Attribute)),
         ("num_attributes", ctypes.c_uint),
     ]
 
@@ -64,7 +64,7 @@ def library():
         raise RuntimeError(f"no NVIDIA driver ({error})") from error
     number, pointer = ctypes.c_uint, ctypes.c_void_p
     found.cuLaunchKernel.argtypes = (pointer, *(number,) * 7, pointer, pointer, ctypes.POINTER(_Packed))
-    found.cuLaunchKernelEx.argtypes = (ctypes.POINTER(_Config), pointer, pointer, ctypes.POINTER(_Packed))
+    found.cuLaunchKernelEx.argtypes = (ctypes.POINTER(Config), pointer, pointer, ctypes.POINTER(_Packed))
     check(found.cuInit(0), "cuInit", found)
     return found
 
@@ -136,8 +136,8 @@ class Function:
         count = ctypes.c_size_t(len(content))
         packed = _Packed(_BUFFER_POINTER, content, _BUFFER_SIZE, ctypes.addressof(count), None)
         if cluster != (1, 1, 1):
-            attribute = _Attribute(id=_CLUSTER_DIMENSION, cluster=cluster)
-            config = _Config(grid, block, shared, stream, ctypes.pointer(attribute), 1)
+            attribute = Attribute(id=_CLUSTER_DIMENSION, cluster=cluster)
+            config = Config(grid, block, shared, stream, ctypes.pointer(attribute), 1)
             call, arguments = self._launch_cluster, (config, self._function, None, packed)
         else:
             call, arguments = self._launch, (self._function, *grid, *block, shared, stream, None, packed)

@@ -6,6 +6,7 @@ import ctypes
 import functools
 from dataclasses import replace
 
+from fusedops._core.cuda.driver import Attribute, Config
 from fusedops.testing.ptx.tensors import tile_arguments
 
 _LOG_BYTES = 8192
@@ -15,30 +16,6 @@ _MAX_DYNAMIC_SHARED = 8
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _CLUSTER_DIMENSION = 4
 _MAP_BYTES = 128
-
-
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: an identifier and a union of 64 bytes, of which the cluster's dimensions are used."""
-
-    _fields_ = [
-        ("id", ctypes.c_int),
-        ("pad", ctypes.c_char * 4),
-        ("cluster", ctypes.c_uint * 3),
-        ("rest", ctypes.c_char * 52),
-    ]
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("num_attributes", ctypes.c_uint),
-    ]
 
 
 class DeviceError(RuntimeError):
@@ -124,9 +101,9 @@ class Device:
             ctypes.memmove(address, value, len(value))
             pointers[i] = address
             address += _rounded(len(value))
-        attribute = _Attribute(id=_CLUSTER_DIMENSION, cluster=tuple(cluster))
+        attribute = Attribute(id=_CLUSTER_DIMENSION, cluster=tuple(cluster))
         several = tuple(cluster) != (1, 1, 1)
-        config = _Config(tuple(grid), tuple(block), shared, None, ctypes.pointer(attribute), int(several))
+        config = Config(tuple(grid), tuple(block), shared, None, ctypes.pointer(attribute), int(several))
         self._call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
         self._call("cuCtxSynchronize")
 
