@@ -43,7 +43,7 @@ lint: setup ## style and unused code
 bench: setup ## every microbenchmark on this machine
 	$(BIN)/python -m fusedops bench all $(ARGS)
 
-gpu: setup ## on a machine with an NVIDIA GPU: the GPU tests, then every benchmark, into benchmarks/results/
+gpu: setup ## on a machine with an NVIDIA GPU: tests, benchmarks, goals, into benchmarks/results/ (ARGS=--dry-run: without)
 	$(BIN)/python benchmarks/gpu_gate.py $(ARGS)
 
 docs: setup ## build the documentation into site/

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _rows import EAGER, ON_DEVICE, environment, share, table, write
+from _rows import EAGER, ON_DEVICE, environment, share, table, version_of_module, write
 
 import fusedops
 from fusedops import explain
 from fusedops._core.explain import operator_call
-from fusedops.testing.timing import compare, rotating
+from fusedops.testing.timing import compare, copy_bandwidth, rotating
 
-COPY_BYTES = 2**29  # each way: far beyond any cache
 HOST_HIDDEN = 1e-3  # seconds on the device, behind which no call's cost on the host shows
-MATMUL = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}  # size and dtype of the product behind TC*
+MATMUL_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}  # of the product behind TC*
+LEAST_CACHE_BYTES = 2**27  # that rotating buffers fill, where the device does not name its cache or has a smaller one
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNIMPORTABLE = {}  # peers that `peer` did not find, with the reason
+VERSIONS = {}  # of the packages of those that it found
 
 
 def as_tuple(value):
@@ -82,6 +84,25 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How much a run measures.
+
+    Attributes:
+        rounds: Alternating rounds of everybody.
+        round_seconds: The aim for the length of a round.
+        rotating_bytes: What the buffers of a case fill together, where a call of it is not too small for that.
+        copy_bytes: Of the copy behind BW*, each way.
+        matmul_size: Of the product behind TC*.
+    """
+
+    rounds: int = 11
+    round_seconds: float = 0.02
+    rotating_bytes: int = LEAST_CACHE_BYTES
+    copy_bytes: int = 2**29  # far beyond any cache
+    matmul_size: int = 8192
+
+
+@dataclass(frozen=True)
 class Ceilings:
     """What this machine reaches now: bytes a second of a large copy (BW*), operations of a large product (TC*)."""
 
@@ -98,6 +119,7 @@ def peer(module, attribute):
     except Exception as error:  # a compiled package for another torch fails in its own ways
         UNIMPORTABLE[module] = brief(error)
         return None
+    VERSIONS[module.partition(".")[0]] = version_of_module(module)
     return value
 
 
@@ -108,47 +130,82 @@ def brief(error):
 
 
 def compiled(function):
-    """torch.compile of a plain function."""
-    return torch.compile(function, dynamic=False)
+    """torch.compile of a plain function; in a quick run on a CPU one that says that it is left out there."""
+    return torch.compile(function, dynamic=False) if compiled.allowed else refused
 
 
-def measure_ceilings(device, rounds):
+compiled.allowed = True  # `effort_of` decides
+
+
+def refused(*args):
+    raise RuntimeError("torch.compile takes longer than all else of a quick run on a CPU")
+
+
+def forget_compiled():
+    """Else a function that is compiled for many shapes would stop being compiled."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def effort_of(device, quick):
+    """How much a run measures: a quick one on a CPU so little that its figures mean nothing but that it runs."""
+    compiled.allowed = device == "cuda" or not quick
+    if device == "cuda":
+        return Effort(rounds=5 if quick else 11, rotating_bytes=beyond_caches(device))
+    if not quick:
+        return Effort(rotating_bytes=beyond_caches(device), matmul_size=1024)
+    return Effort(5, round_seconds=2e-3, rotating_bytes=2**22, copy_bytes=2**25, matmul_size=512)
+
+
+def beyond_caches(device):
+    """Bytes of which no cache of the device holds the half."""
+    if device == "cuda":
+        return max(LEAST_CACHE_BYTES, 2 * torch.cuda.get_device_properties(0).L2_cache_size)
+    sizes = [path.read_text().strip() for path in CPU_CACHES.glob("index*/size")]
+    largest = max((int(size[:-1]) * 2**10 for size in sizes if size.endswith("K")), default=0)
+    return max(LEAST_CACHE_BYTES, 2 * largest)
+
+
+def measure_ceilings(device, effort):
     """BW* and TC* of this machine, now, on random data."""
-    count = COPY_BYTES // 4
-    source, target = torch.randn(count, device=device), torch.empty(count, device=device)
-    copying = compare({"copy": target.copy_}, arguments=[(source,)], rounds=rounds, device=device)["copy"]
-    del source, target
-    size, dtype = MATMUL[device]
+    timed = {"rounds": effort.rounds, "round_seconds": effort.round_seconds, "device": device}
+    bandwidth = copy_bandwidth(effort.copy_bytes, **timed)
+    size, dtype = effort.matmul_size, MATMUL_DTYPE[device]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = compare({"matmul": torch.matmul}, arguments=[(a, b)], rounds=rounds, device=device)["matmul"]
-    return Ceilings(2 * COPY_BYTES / copying.median, 2 * size**3 / product.median)
+    product = compare({"matmul": torch.matmul}, arguments=[(a, b)], **timed)["matmul"]
+    return Ceilings(bandwidth, 2 * size**3 / product.median)
 
 
-def tried(case, graph, device):
-    """(names of the candidates that run, can be captured where asked, and agree with us; the others with the reason;
-    our error)."""
+def copies(arguments):
+    """Arguments in fresh memory: some peers work in place."""
+    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+
+def why_left_out(case, name, arguments, wanted, graph=False):
+    """Why a candidate cannot stand beside ours, whose result is `wanted`: it fails, cannot be captured where asked, or
+    gives something else. None where it can."""
+    try:
+        away = difference(case.candidates[name](*copies(arguments)), wanted)
+        if not away <= case.tolerance:
+            return f"its results differ from ours by {away:.3g}"
+        if graph:
+            capture(case.candidates[name], copies(arguments))
+    except Exception as reason:
+        if arguments[0].is_cuda:
+            torch.cuda.synchronize()  # an error that stays in the context ends the benchmark here
+        return brief(reason)
+    return None
+
+
+def tried(case, graph):
+    """(names of the candidates to be timed, the others with the reason, our error)."""
     arguments = case.make(0)
-
-    def copies():  # some peers work in place
-        return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
-
     ours, *others = case.candidates
-    wanted = case.candidates[ours](*copies())
+    wanted = case.candidates[ours](*copies(arguments))
     error = case.check(case, arguments, wanted) if case.check else None
-    used, left_out = [ours], {}
-    for name in others:
-        try:
-            away = difference(case.candidates[name](*copies()), wanted)
-            if not away <= case.tolerance:
-                raise ValueError(f"its results differ from ours by {away:.3g}")
-            if graph:
-                capture(case.candidates[name], copies())
-            used.append(name)
-        except Exception as reason:
-            left_out[name] = brief(reason)
-            if device == "cuda":
-                torch.cuda.synchronize()  # an error that stays in the context ends the benchmark here
-    return used, left_out, error
+    reasons = {name: why_left_out(case, name, arguments, wanted, graph) for name in others}
+    left_out = {name: reason for name, reason in reasons.items() if reason}
+    return [name for name in case.candidates if name not in left_out], left_out, error
 
 
 def capture(function, arguments):
@@ -159,15 +216,17 @@ def capture(function, arguments):
     torch.cuda.synchronize()
 
 
-def measure(case, device, rounds, ceilings, graph):
+def measure(case, device, effort, ceilings, graph):
     """One row: our time and each peer's, in alternating rounds over buffers that no cache holds."""
     explanation = explain(case.op, *case.make(0), **case.options)
     num_bytes, operations = case.cost or (explanation.bytes, explanation.operations)
-    used, left_out, error = tried(case, graph, device)
+    used, left_out, error = tried(case, graph)
+    arguments = rotating(case.make, num_bytes, cache_bytes=effort.rotating_bytes)
     timings = compare(
         {name: case.candidates[name] for name in used},
-        arguments=rotating(case.make, num_bytes),
-        rounds=rounds,
+        arguments=arguments,
+        rounds=effort.rounds,
+        round_seconds=effort.round_seconds,
         device=device,
         graph=graph,
     )
@@ -189,6 +248,8 @@ def measure(case, device, rounds, ceilings, graph):
         "seconds": seconds,
         "low": timings[ours].low,
         "high": timings[ours].high,
+        "rounds": effort.rounds,
+        "rotating_bytes": len(arguments) * num_bytes,
         "peers": {name: timings[name].median for name in others},
         "peers_left_out": left_out,
         "best_peer": best,
@@ -199,17 +260,17 @@ def measure(case, device, rounds, ceilings, graph):
         "share_of_matmul_rate": operations / seconds / ceilings.matmul_rate if by_operations else None,
         "goal": case.goal,
     }
-    return row | {"goal_met": judged(case, row) if graph else None}
+    return row | {"goal_met": judged(case, row) if graph or device == "cpu" else None}
 
 
-def measured(case, device, rounds, ceilings):
+def measured(case, device, effort, ceilings):
     """The rows of a case: on a GPU the device's time, and where the host's may show beside it, that of eager calls."""
     if device == "cuda":
-        row = measure(case, device, rounds, ceilings, graph=True)
+        row = measure(case, device, effort, ceilings, graph=True)
         yield row
         if row["seconds"] > HOST_HIDDEN:
             return
-    yield measure(case, device, rounds, ceilings, graph=False)
+    yield measure(case, device, effort, ceilings, graph=False)
 
 
 def judged(case, row):
@@ -234,6 +295,11 @@ def arguments_of(parser):
     return args
 
 
+def command(args):
+    """What to type to measure the same again."""
+    return f"python benchmarks/{Path(sys.argv[0]).name} --device {args.device}{' --quick' * args.quick}"
+
+
 def progress(row):
     """One line of a row: every peer's time by ours, and why peers are missing."""
     peers = [f"{name} {seconds / row['seconds']:.2f}" for name, seconds in row["peers"].items()]
@@ -253,18 +319,18 @@ def main(cases):
     """
     started = time.monotonic()
     args = arguments_of(argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.split("\n")[0]))
-    rounds = 5 if args.quick else 11
-    provenance = environment(args.device)
-    ceilings = measure_ceilings(args.device, rounds)
+    effort = effort_of(args.device, args.quick)
+    provenance = environment(args.device) | {"command": command(args), "quick": args.quick, "peers": VERSIONS}
+    ceilings = measure_ceilings(args.device, effort)
     rows, failed = [], 0
     with torch.no_grad():
         for case in cases(args.device, args.quick):
             if time.monotonic() - started > args.seconds:
                 print(f"out of time before {case.op} {case.shape}")
                 break
-            torch._dynamo.reset()  # else a function compiled for many shapes would stop being compiled
+            forget_compiled()
             try:
-                for row in measured(case, args.device, rounds, ceilings):
+                for row in measured(case, args.device, effort, ceilings):
                     rows.append(row | {"environment": provenance})
                     print(progress(row), flush=True)
             except Exception as error:

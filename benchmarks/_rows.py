@@ -61,6 +61,12 @@ def version_of(package):
         return None
 
 
+def version_of_module(module):
+    """Version of the package that a module came from, None where none says so."""
+    name = module.partition(".")[0]
+    return next(filter(None, map(version_of, importlib.metadata.packages_distributions().get(name, ()))), None)
+
+
 def environment(device):
     """What the numbers depend on, as plain data. `device` is "cpu" or "cuda"."""
     import torch

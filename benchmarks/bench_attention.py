@@ -5,16 +5,20 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from _common import Case, compiled, difference, main, peer
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from _common import Case, compiled, difference, error_of, main, peer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedops import attention, attention_varlen, merge_attention
+from fusedops.nn import functional
 from fusedops.ops.attention import reference
 
 FA2 = peer("flash_attn", "flash_attn_func")
 FA3 = peer("fa3_fwd_interface", "flash_attn_func") or peer("flash_attn_interface", "flash_attn_func")
-FA3_VARLEN = peer("fa3_fwd_interface", "flash_attn_varlen_func")
+FA3_VARLEN = peer("fa3_fwd_interface", "flash_attn_varlen_func") or peer(
+    "flash_attn_interface", "flash_attn_varlen_func"
+)
 FA4 = peer("flash_attn.cute", "flash_attn_func")
+FA4_VARLEN = peer("flash_attn.cute", "flash_attn_varlen_func")
 FLASHINFER_PREFILL = peer("flashinfer", "single_prefill_with_kv_cache")
 FLASHINFER_DECODE = peer("flashinfer", "single_decode_with_kv_cache")
 
@@ -23,6 +27,7 @@ HEADS = {64: (32, 8), 128: (32, 8), 256: (16, 4)}  # (H, Hk) by D
 LENGTHS = (4096, 8192, 16384, 2048)  # the decisive ones first
 DECODE = ((1, 8192), (16, 8192), (1, 32768), (16, 32768))  # (B, Sk)
 PACKED = {"cpu": (5, 64, 1, 30), "cuda": (1, 129, 500, 1000, 1500, 2047, 3111, 8096)}  # lengths of sequences in a batch
+SLOW_LENGTHS = (2048,)  # of ways that nobody chooses, and of which one holds all scores
 FLEX_LENGTHS = (8192,)  # each shape takes torch.compile tens of seconds
 CHECKED_QUERIES = 64
 BACKWARD_OPERATIONS = 3.5  # of both passes, by those of the forward pass: 7 products instead of 2
@@ -58,8 +63,20 @@ def sdpa_flash(causal):
     return heads_first(lambda q, k, v: call(q, k, v, 0.0, causal)[0])
 
 
+def sdpa_forced(backend, causal):
+    """torch's SDPA on one backend, of those that want as many heads of keys as of queries: these are copied."""
+
+    def call(q, k, v):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return heads_first(call)
+
+
 def flex(causal, num_queries, num_keys, device="cuda"):
     """FlexAttention, compiled for this shape, its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # brings all of torch.compile
 
     def keep(b, h, query, key):
         return query + num_keys - num_queries >= key
@@ -80,6 +97,9 @@ def gpu_peers(shape, causal, with_backward=False):
     """Name to function of (q, k, v), of those that are installed and know such a call. `shape` is (B, Sq, Sk)."""
     batch, num_queries, num_keys = shape
     found = {"cudnn": sdpa_cudnn(causal, with_backward), "torch flash": sdpa_flash(causal)}
+    if num_queries == num_keys and num_keys in SLOW_LENGTHS:
+        found["torch efficient"] = sdpa_forced(SDPBackend.EFFICIENT_ATTENTION, causal)
+        found["torch math"] = sdpa_forced(SDPBackend.MATH, causal)
     if num_keys in FLEX_LENGTHS and (causal or num_queries == 1):
         found["flex"] = flex(causal, num_queries, num_keys)
     if FA2:
@@ -163,6 +183,10 @@ def prefill_fp8(lengths, device):
         yield case(shape, HEADS[128], 128, torch.float8_e4m3fn, True, device, peers, tolerance=FP8_TOLERANCE)
 
 
+def fa4_varlen(q, k, v, starts_q, starts_k, max_q, max_k):
+    return FA4_VARLEN(q, k, v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, causal=True)[0]
+
+
 def packed_case(device, dtype):
     """Sequences of very different lengths, one after another, causal."""
     lengths, dim = PACKED[device], 128
@@ -188,6 +212,8 @@ def packed_case(device, dtype):
         candidates["torch flash"] = torch_flash
         if FA3_VARLEN:
             candidates["fa3"] = functools.partial(FA3_VARLEN, causal=True)
+        if FA4_VARLEN:
+            candidates["flash-attn 4"] = fa4_varlen
     operations = sum(2 * heads * length * (length + 1) * dim for length in lengths)
     moved = total * dim * dtype.itemsize * 2 * (heads + kv_heads)
     name = f"{len(lengths)} of {min(lengths)} to {max(lengths)}, {heads}/{kv_heads}x{dim} causal"
@@ -215,6 +241,66 @@ def merge_case(device, dtype):
     return Case("merge_attention", "x".join(map(str, shape)), dtype, make, candidates, {})
 
 
+def beside_torch(shape, heads, dim, dtype, *, causal=False, mask=None, surface=False, backward=False):
+    """On a CPU, beside torch's function; `surface`: by ``fusedops.nn.functional``, from memory in torch's order."""
+    batch, num_queries, num_keys = shape
+    own, options, gqa = functools.partial(attention, causal=causal), {"causal": causal}, heads[0] != heads[1]
+    if mask is not None:
+        own, options = functools.partial(own, mask=mask), options | {"mask": mask}
+    keywords = {"attn_mask": mask, "is_causal": causal, "enable_gqa": gqa}
+    candidates = {"fusedops": own, "torch": heads_first(functools.partial(F.scaled_dot_product_attention, **keywords))}
+    if surface:
+        candidates["fusedops"] = heads_first(functools.partial(functional.scaled_dot_product_attention, **keywords))
+    cost = None
+    if backward:
+        tensors = num_queries * heads[0] + num_keys * heads[1]  # q and out, k and v, and the gradients of each pair
+        operations = 4 * batch * heads[0] * num_queries * num_keys * dim * BACKWARD_OPERATIONS / (1 + causal)
+        cost = 4 * batch * tensors * dim * dtype.itemsize, operations
+        grad = torch.randn(batch, num_queries, heads[0], dim).to(dtype)
+        candidates = {name: with_gradients(call, grad) for name, call in candidates.items()}
+    plain = case(shape, heads, dim, dtype, causal, "cpu", {})
+    make = plain.make
+    if surface:
+
+        def make(seed):
+            return tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in plain.make(seed))
+
+    kind = "" if mask is None else " bool mask" if mask.dtype == torch.bool else " additive mask"
+    name = f"{plain.shape}{kind}{' nn.functional' * surface}{' +backward' * backward}"
+    check = None if backward else error_of if mask is not None else error_of_last_queries
+    return replace(
+        plain, shape=name, make=make, candidates=candidates, options=options, cost=cost, goal=(0.95, None), check=check
+    )
+
+
+def grid(dtype):
+    """What torch covers on a CPU: head sizes, decoding, batches, masks, gradients, tiny calls, our surface."""
+    one = functools.partial(beside_torch, dtype=dtype)
+    for heads, dim in (((9, 3), 64), ((8, 8), 80), ((8, 2), 128), ((4, 2), 256)):
+        yield one((1, 512, 512), heads, dim, causal=True)
+        yield one((1, 512, 512), heads, dim)
+    yield one((1, 2048, 2048), (9, 3), 64, causal=True)
+    for heads in ((9, 3), (12, 12)):
+        for num_keys in (128, 1024, 8192):
+            yield one((1, 1, num_keys), heads, 64)
+        for batch in (4, 16):
+            yield one((batch, 1, 1024), heads, 64)
+        padding = torch.arange(1024) >= torch.arange(4)[:, None] * 100
+        yield one((4, 1, 1024), heads, 64, mask=padding[:, None, None])
+    yield one((1, 1, 1024), (32, 8), 128)
+    for length in (64, 512):
+        seen = torch.rand(2, 1, length, length) < 0.8
+        yield one((2, length, length), (8, 2), 64, mask=seen)
+        yield one((2, length, length), (8, 8), 64, mask=torch.where(seen, 0.0, -1.0).to(dtype))
+        yield one((1, length, length), (8, 8), 64, causal=True, backward=True)
+        yield one((2, length, length), (8, 8), 64, mask=seen, backward=True)
+    yield one((1, 16, 16), (4, 4), 64, causal=True)
+    for causal, mask in ((True, None), (False, seen[:1])):
+        yield one((1, 512, 512), (9, 3), 64, causal=causal, mask=mask, surface=True)
+    for heads in ((9, 3), (12, 12)):
+        yield one((1, 1, 1024), heads, 64, surface=True)
+
+
 def cases(device, quick):
     """Prefill of TOKENS tokens, decode of one token, forward and backward pass, and float8."""
     if device == "cpu":
@@ -222,6 +308,9 @@ def cases(device, quick):
             yield case(shape, (9, 3), 64, torch.float32, causal, device, {"torch": sdpa(causal)})
         yield packed_case(device, torch.float32)
         yield merge_case(device, torch.float32)
+        if not quick:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                yield from grid(dtype)
         return
     yield from prefill(True, LENGTHS[:1] if quick else LENGTHS, device)
     for batch, num_keys in DECODE[:1] if quick else DECODE:

@@ -8,7 +8,10 @@ from _common import Case, main, peer
 
 from fusedops import paged_attention
 
-FLASH_KVCACHE = peer("flash_attn_interface", "flash_attn_with_kvcache") or peer("flash_attn", "flash_attn_with_kvcache")
+FA3_KVCACHE = peer("fa3_fwd_interface", "flash_attn_with_kvcache") or peer(
+    "flash_attn_interface", "flash_attn_with_kvcache"
+)
+FA2_KVCACHE = peer("flash_attn", "flash_attn_with_kvcache")
 FLASHINFER_DECODE = peer("flashinfer", "BatchDecodeWithPagedKVCacheWrapper")
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # Llama 3 8B
@@ -36,24 +39,33 @@ def gathered(q, k_cache, v_cache, table, lengths, limit):
     return attend(q[:, :, None], keys, values, attn_mask=mask[:, None, None]).squeeze(2)
 
 
-def flash_kvcache(q, k_cache, v_cache, table, lengths):
-    return FLASH_KVCACHE(q[:, None], k_cache, v_cache, cache_seqlens=lengths, block_table=table)[:, 0]
+def fa3_kvcache(q, k_cache, v_cache, table, lengths):
+    return FA3_KVCACHE(q[:, None], k_cache, v_cache, cache_seqlens=lengths, page_table=table)[:, 0]
+
+
+def fa2_kvcache(q, k_cache, v_cache, table, lengths):
+    """Takes pages of multiples of 256 tokens alone, and says so."""
+    return FA2_KVCACHE(q[:, None], k_cache, v_cache, cache_seqlens=lengths, block_table=table)[:, 0]
 
 
 def flashinfer(lengths, page_size, heads):
-    """FlashInfer's wrapper, planned once for these lengths; its pages are those of the table."""
-    space = torch.empty(2**27, dtype=torch.uint8, device="cuda")
-    wrapper, planned = FLASHINFER_DECODE(space, "NHD"), []
+    """FlashInfer's wrapper, on the tensor cores, planned once for these lengths; its pages are those of the table."""
+    planned = []
+
+    def plan(q, table):
+        space = torch.empty(2**27, dtype=torch.uint8, device=q.device)
+        wrapper = FLASHINFER_DECODE(space, "NHD", use_tensor_cores=True)
+        counts = torch.tensor([-(-length // page_size) for length in lengths], dtype=torch.int32)
+        starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        used = torch.arange(table.shape[1]) < counts[:, None]
+        last = torch.tensor([(length - 1) % page_size + 1 for length in lengths], dtype=torch.int32)
+        wrapper.plan(starts, table[used.to(table.device)], last, *heads, page_size, q_data_type=q.dtype)
+        return wrapper
 
     def call(q, k_cache, v_cache, table, seqlens):
         if not planned:
-            counts = torch.tensor([-(-length // page_size) for length in lengths], dtype=torch.int32)
-            starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-            used = torch.arange(table.shape[1]) < counts[:, None]
-            last = torch.tensor([(length - 1) % page_size + 1 for length in lengths], dtype=torch.int32)
-            wrapper.plan(starts, table[used.to(table.device)], last, *heads, page_size, q_data_type=q.dtype)
-            planned.append(True)
-        return wrapper.run(q, (k_cache, v_cache))
+            planned.append(plan(q, table))
+        return planned[0].run(q, (k_cache, v_cache))
 
     return call
 
@@ -68,7 +80,8 @@ def decode_case(lengths, page_size, device, dtype, name, cache_dtype=None, sizes
 
     peers = {} if cache_dtype else {"torch": functools.partial(gathered, limit=max(lengths))}
     if device == "cuda" and not cache_dtype:
-        peers |= {"flash-attn": flash_kvcache} if FLASH_KVCACHE else {}
+        peers |= {"fa3": fa3_kvcache} if FA3_KVCACHE else {}
+        peers |= {"flash-attn 2": fa2_kvcache} if FA2_KVCACHE else {}
         peers |= {"flashinfer": flashinfer(lengths, page_size, (heads, kv_heads, dim))} if FLASHINFER_DECODE else {}
         peers = peers if sum(lengths) <= 2**19 else {k: v for k, v in peers.items() if k != "torch"}
     tokens, itemsize = sum(lengths), (cache_dtype or dtype).itemsize

@@ -16,21 +16,25 @@ SHAPES = {
 
 def grid(groups, scale, zero):
     """Codes on one grid, and the largest error of each group."""
-    codes = ((groups / scale).round() + zero).clamp(0, 15)
+    codes = (groups / scale + zero).round().clamp(0, 15)
     return codes, (groups - (codes - zero) * scale).abs().amax(-1, keepdim=True)
 
 
 def plain(weight):
-    """The better of two grids for each group of columns, in float32."""
+    """The best of three grids for each group of columns, in float32."""
     groups = weight.unflatten(1, (-1, GROUP))
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     even, eighths = (high - low) / 15, torch.maximum(high, -low) / 8
-    even_zero, eighths_zero = (-low / even).round(), torch.where(-low >= high, 8.0, 7.0)
-    (codes, error), (other, other_error) = grid(groups, even, even_zero), grid(groups, eighths, eighths_zero)
-    better = other_error < error
-    codes = torch.where(better, other, codes).flatten(1).to(torch.uint8)
-    scale, zero = torch.where(better, eighths, even), torch.where(better, eighths_zero, even_zero)
-    return codes[:, ::2] | (codes[:, 1::2] << 4), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)
+    scale, zero = even, (-low / even).round()
+    codes, error = grid(groups, scale, zero)
+    between = torch.where((groups != 0).all(-1, keepdim=True), (-low / even * 16).round() / 16, zero)
+    for other_scale, other_zero in ((eighths, torch.where(-low >= high, 8.0, 7.0)), (even, between)):
+        other_codes, other_error = grid(groups, other_scale, other_zero)
+        better = other_error < error
+        scale, zero = torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
+        codes, error = torch.where(better, other_codes, codes), torch.where(better, other_error, error)
+    codes = codes.flatten(1).to(torch.uint8)
+    return codes[:, ::2] | (codes[:, 1::2] << 4), scale.squeeze(-1), (zero * 16).squeeze(-1).to(torch.uint8)
 
 
 def cases(device, quick):

@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm against torch, torch.compile, Liger and QuACK; with codes FlashInfer and vLLM too."""
+"""rms_norm, add_rms_norm, in place and with codes too: torch, torch.compile, Liger, QuACK, FlashInfer and vLLM."""
 
 import functools
 
@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from _common import Case, compiled, main, peer
 
-from fusedops import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
+from fusedops import add_rms_norm, add_rms_norm_, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 
 EPS = 1e-6
 LIGER = peer("liger_kernel.transformers.functional", "liger_rms_norm")
 LIGER_ADD = peer("liger_kernel.transformers.functional", "liger_fused_add_rms_norm")
 QUACK = peer("quack", "rmsnorm")
+FLASHINFER_PLAIN = peer("flashinfer.norm", "rmsnorm")
+FLASHINFER_IN_PLACE = peer("flashinfer.norm", "fused_add_rmsnorm")
 FLASHINFER = peer("flashinfer.norm", "rmsnorm_quant")
 FLASHINFER_ADD = peer("flashinfer.norm", "fused_add_rmsnorm_quant")
 VLLM = peer("vllm._custom_ops", "rms_norm_dynamic_per_token_quant")
@@ -31,6 +33,21 @@ def torch_rms_norm(x, weight):
 def torch_add_rms_norm(x, residual, weight):
     h = x + residual
     return F.rms_norm(h, weight.shape, weight, EPS), h
+
+
+def torch_add_rms_norm_(x, residual, weight):
+    """In place, as far as torch's own operators have it."""
+    return x.copy_(F.rms_norm(residual.add_(x), weight.shape, weight, EPS)), residual
+
+
+def in_place(function):
+    """A function of (x, residual, weight) that overwrites the first two."""
+
+    def call(x, residual, weight):
+        function(x, residual, weight, EPS)
+        return x, residual
+
+    return call
 
 
 def torch_quantized(out):
@@ -57,26 +74,28 @@ def quantized_cases(shape, dtype, makes, goal):
         yield Case(name, shape, dtype, make, candidates, {}, goal=goal)
 
 
-def alike(rows, n, device, dtype):
-    """Rows of the same numbers, each with its own turn and signs: normalised with weights of 1, all have one scale."""
-    base = torch.randn(n, device=device)
+def alike(rows, n, count, device, dtype):
+    """Tensors whose rows hold the same numbers, each row with its own turn and signs, which are alike in all tensors:
+    the rows of their sum, normalised with weights of 1, have one scale."""
     places = torch.arange(n, device=device) + torch.randint(n, (rows, 1), device=device)
     signs = torch.randint(2, (rows, 1), device=device) * 2 - 1
-    return (base[places % n] * signs).to(dtype)
+    return tuple((torch.randn(n, device=device)[places % n] * signs).to(dtype) for _ in range(count))
 
 
 def fp8_cases(rows, n, device, dtype, goal):
     """Both operators with float8 output, on rows that share a scale: FlashInfer takes one that is known before."""
-    ones = torch.ones(n, device=device, dtype=dtype)
+    for function, count in ((rms_norm_quantized, 1), (add_rms_norm_quantized, 2)):
+        yield fp8_case(function, count, rows, n, device, dtype, goal)
+
+
+def fp8_case(function, count, rows, n, device, dtype, goal):
+    """One of them. The scale that is known is that of the latest arguments."""
+    ones, known = torch.ones(n, device=device, dtype=dtype), torch.empty(1, device=device)
 
     def make(seed):
-        return (alike(rows, n, device, dtype),)
-
-    def make_residual(seed):
-        x = alike(rows, n, device, dtype)
-        return x, torch.zeros_like(x)
-
-    known = rms_norm_quantized(*make(0), ones, dtype=FP8)[1][:1]
+        made = alike(rows, n, count, device, dtype)
+        known.copy_(function(*made, ones, dtype=FP8)[1][:1])
+        return made
 
     def torch_fp8(x, residual=None):
         h = x if residual is None else x + residual
@@ -97,17 +116,16 @@ def fp8_cases(rows, n, device, dtype, goal):
         out, scale = VLLM(x, ones, EPS, FP8, None, residual)
         return (out, scale.squeeze(-1)) if residual is None else (out, scale.squeeze(-1), residual)
 
-    for function, made in ((rms_norm_quantized, make), (add_rms_norm_quantized, make_residual)):
-        options = {"weight": ones, "dtype": FP8}
-        candidates = {
-            "fusedops": functools.partial(function, **options), "torch": torch_fp8, "torch.compile": compiled(torch_fp8)
-        }  # fmt: skip
-        if device == "cuda" and (FLASHINFER if function is rms_norm_quantized else FLASHINFER_ADD):
-            candidates["flashinfer"] = flashinfer
-        if device == "cuda" and VLLM:
-            candidates["vllm"] = vllm
-        shape = f"{rows}x{n} float8"
-        yield Case(function.__name__, shape, dtype, made, candidates, options, goal=goal, against=("flashinfer",))
+    options = {"weight": ones, "dtype": FP8}
+    candidates = {
+        "fusedops": functools.partial(function, **options), "torch": torch_fp8, "torch.compile": compiled(torch_fp8)
+    }  # fmt: skip
+    if device == "cuda" and (FLASHINFER if count == 1 else FLASHINFER_ADD):
+        candidates["flashinfer"] = flashinfer
+    if device == "cuda" and VLLM:
+        candidates["vllm"] = vllm
+    shape = f"{rows}x{n} float8"
+    return Case(function.__name__, shape, dtype, make, candidates, options, goal=goal, against=("flashinfer",))
 
 
 def cases(device, quick):
@@ -130,12 +148,18 @@ def cases(device, quick):
             }
             if device == "cuda" and LIGER:
                 candidates["liger"] = lambda x, weight: LIGER(x, weight, EPS)
+            if device == "cuda" and FLASHINFER_PLAIN:
+                candidates["flashinfer"] = lambda x, weight: FLASHINFER_PLAIN(x, weight, EPS)
             if device == "cuda" and QUACK:
                 candidates["quack"] = lambda x, weight: QUACK(x, weight, eps=EPS)
                 fused["quack"] = lambda x, residual, weight: QUACK(x, weight, residual=residual, eps=EPS, prenorm=True)
             goal = (1.0, 0.97) if rows >= 8192 else (None, None)
             yield Case("rms_norm", f"{rows}x{n}", dtype, make, candidates, {}, goal=goal)
             yield Case("add_rms_norm", f"{rows}x{n}", dtype, make_residual, fused, {}, goal=goal)
+            both = {"fusedops": in_place(add_rms_norm_), "torch": torch_add_rms_norm_}
+            if device == "cuda" and FLASHINFER_IN_PLACE:
+                both["flashinfer"] = in_place(FLASHINFER_IN_PLACE)
+            yield Case("add_rms_norm_", f"{rows}x{n}", dtype, make_residual, both, {}, check=None)
             goal = (1.0, 0.88) if rows >= 8192 else (None, None)
             yield from quantized_cases(f"{rows}x{n}", dtype, (make, make_residual), goal)
             if quick and (rows, n) != SHAPES[device][0]:

@@ -5,11 +5,13 @@ import functools
 import torch
 import torch.nn.functional as F
 from _common import Case, compiled, main, peer
+from _layouts import Layouts
 
 from fusedops import fp8_matmul, int8_matmul, quantize_fp8, quantize_int8
 
 TORCHAO = peer("torchao.kernel", "int_scaled_matmul")
 DEEP_GEMM = peer("deep_gemm", "fp8_gemm_nt")
+DEEP_GEMM_SCALES = peer("deep_gemm.utils.layout", "get_mn_major_tma_aligned_tensor")
 OUT = torch.bfloat16
 MIB = 2**20
 
@@ -19,17 +21,13 @@ INT_MM, SCALED_MM, LINEAR = "_int_mm, compiled epilogue", "_scaled_mm", "bf16 li
 ROWS = {"cuda": [4096, 1, 16, 64, 1024, 8192], "cpu": [1, 64]}
 
 
-class Widened:
-    """F.linear on bfloat16 copies, made once for each set of operands."""
+def linear(layouts, bias):
+    """F.linear on bfloat16 copies of both operands."""
 
-    def __init__(self, bias):
-        self.bias, self.copies = bias, {}
+    def widened(a, b, scale_a, scale_b):
+        return real(a, scale_a, 1), real(b, scale_b, 128)
 
-    def __call__(self, a, b, scale_a, scale_b):
-        key = a.data_ptr(), b.data_ptr()
-        if key not in self.copies:
-            self.copies[key] = real(a, scale_a, 1), real(b, scale_b, 128)
-        return F.linear(*self.copies[key], self.bias)
+    return layouts.taking(lambda a, copies: F.linear(*copies, bias), widened)
 
 
 def real(codes, scale, block_rows):
@@ -52,7 +50,7 @@ def followed(product, gated):
     return (lambda *args: join(product(*args))) if gated else product
 
 
-def int8_peers(device, bias, gated):
+def int8_peers(layouts, device, bias, gated):
     """Of integers with scales of rows."""
 
     def epilogue(acc, scale_a, scale_b):
@@ -62,7 +60,7 @@ def int8_peers(device, bias, gated):
     finish = compiled(epilogue)
     peers = {
         INT_MM: lambda a, b, s, t: finish(torch._int_mm(a, b.T), s, t),
-        LINEAR: followed(Widened(bias), gated),
+        LINEAR: followed(linear(layouts, bias), gated),
     }
     if device == "cuda" and TORCHAO and not gated:
         after = compiled(lambda acc, t: (acc * t + bias).to(OUT))
@@ -70,28 +68,37 @@ def int8_peers(device, bias, gated):
     return peers
 
 
-def fp8_peers(device, bias, gated):
+def fp8_peers(layouts, device, bias, gated):
     """Of float8 with scales of rows."""
 
     def scaled_mm(a, b, s, t):
         return torch._scaled_mm(a, b.T, scale_a=s[:, None], scale_b=t[None], bias=bias, out_dtype=OUT)
 
-    return {SCALED_MM: followed(scaled_mm, gated), LINEAR: followed(Widened(bias), gated)}
+    return {SCALED_MM: followed(scaled_mm, gated), LINEAR: followed(linear(layouts, bias), gated)}
 
 
-def block_peers(device):
+def block_peers(layouts, device):
     """Of float8 with scales of blocks."""
 
     def scaled_mm(a, b, s, t):
         return torch._scaled_mm(a, b.T, scale_a=s.T.contiguous().T, scale_b=t.T, out_dtype=OUT)
 
-    def deep_gemm(a, b, s, t):
-        out = a.new_empty((len(a), len(b)), dtype=OUT)
-        DEEP_GEMM((a, s), (b, t), out)
-        return out
+    peers = {SCALED_MM: scaled_mm, LINEAR: linear(layouts, None)}
+    if device == "cuda" and DEEP_GEMM and DEEP_GEMM_SCALES:
+        peers["deep_gemm"] = layouts.taking(deep_gemm, for_deep_gemm)
+    return peers
 
-    peers = {SCALED_MM: scaled_mm, LINEAR: Widened(None)}
-    return peers | {"deep_gemm": deep_gemm} if device == "cuda" and DEEP_GEMM else peers
+
+def deep_gemm(a, operands):
+    (_, scale), weight = operands
+    out = a.new_empty((len(a), len(weight[0])), dtype=OUT)
+    DEEP_GEMM((a, scale), weight, out)
+    return out
+
+
+def for_deep_gemm(a, b, scale_a, scale_b):
+    """The scales of a by columns, at aligned addresses; b and its scales as they are."""
+    return (a, DEEP_GEMM_SCALES(scale_a)), (b, scale_b)
 
 
 def goal_of(op, kind, rows, columns, depth):
@@ -107,7 +114,7 @@ def goal_of(op, kind, rows, columns, depth):
 
 def case_of(op, kind, rows, columns, depth, device, gated=False):
     """One shape. Rows and weights are random, with the spread of activations and of weights."""
-    bias = None if kind == "blocks" else torch.randn(columns, device=device).to(OUT)
+    bias, layouts = None if kind == "blocks" else torch.randn(columns, device=device).to(OUT), Layouts()
 
     def make(seed):
         x, weight = torch.randn(rows, depth, device=device), torch.randn(columns, depth, device=device) / depth**0.5
@@ -117,11 +124,13 @@ def case_of(op, kind, rows, columns, depth, device, gated=False):
             made = [quantize_fp8(t) for t in (x, weight)]
         else:
             made = [quantize_fp8(x, granularity="block"), quantize_fp8(weight, granularity="block_2d")]
-        return *(codes for codes, _ in made), *(scale for _, scale in made)
+        arguments = *(codes for codes, _ in made), *(scale for _, scale in made)
+        layouts.add(seed, *arguments)
+        return arguments
 
     options = {"bias": bias} | ({"activation": "silu", "gated": True} if gated else {})
     peers_of = int8_peers if op is int8_matmul else fp8_peers
-    peers = block_peers(device) if kind == "blocks" else peers_of(device, bias, gated)
+    peers = block_peers(layouts, device) if kind == "blocks" else peers_of(layouts, device, bias, gated)
     candidates = {"fusedops": functools.partial(op, **options), **peers}
     goal, against = goal_of(op, kind, rows, columns, depth)
     shape = f"{rows}x{columns}x{depth} {kind}{', pairs' * gated}"

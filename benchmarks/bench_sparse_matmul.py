@@ -1,11 +1,11 @@
 """sparse_matmul against the best searched dense product of its dtype, torch's cuSPARSELt products and torchao."""
 
 import functools
-import itertools
 
 import torch
 import torch.nn.functional as F
 from _common import Case, compiled, main, peer
+from _layouts import Layouts
 
 from fusedops import compress_24, decompress_24, fp8_matmul, int8_matmul, prune_24, sparse_matmul
 
@@ -20,38 +20,21 @@ TORCHAO = peer("torchao.ops", "rowwise_scaled_linear_sparse_cutlass_f8f8")
 SPARSE = ("_cslt_sparse_mm", "SparseSemiStructuredTensor", "torchao")
 
 
-class Layouts:
-    """Other ways with the same weights, each in the layout that it wants, made beforehand; calls take them in turn."""
-
-    def __init__(self):
-        self.made = {}
-
-    def add(self, seed, values, metadata, K):
-        """The dense weight by rows and by columns; the others are made of it at their first use."""
-        dense = decompress_24(values, metadata, in_features=K)
-        self.made[seed] = {"rows": dense, "columns": dense.T.contiguous()}
-
-    def taking(self, layout, function, make=None):
-        """The function with the next weight's layout as its second argument; `make` makes it of the dense weight."""
-        calls = itertools.count()
-
-        def call(a, values, metadata):
-            known = self.made[next(calls) % len(self.made)]
-            if layout not in known:
-                known[layout] = make(known["rows"])
-            return function(a, known[layout])
-
-        return call
-
-
-def dense_ways(layouts, dtype, s, t):
+def dense_ways(layouts, K, dtype, s, t):
     """Name to function of (a, values, metadata): the dense product, with scales s and t of rows."""
+
+    def rows(values, metadata):
+        return decompress_24(values, metadata, in_features=K)
+
+    def columns(values, metadata):
+        return rows(values, metadata).T.contiguous()
+
     if dtype == torch.int8:
         finish = compiled(lambda acc: (acc.float() * s[:, None] * t).to(OUT))
         return {
-            "_int_mm": layouts.taking("rows", lambda a, w: finish(torch._int_mm(a, w.T))),
-            "_int_mm, weight by columns": layouts.taking("columns", lambda a, w: finish(torch._int_mm(a, w))),
-            "int8_matmul": layouts.taking("rows", lambda a, w: int8_matmul(a, w, s, t)),
+            "_int_mm": layouts.taking(lambda a, w: finish(torch._int_mm(a, w.T)), rows),
+            "_int_mm, weight by columns": layouts.taking(lambda a, w: finish(torch._int_mm(a, w)), columns),
+            "int8_matmul": layouts.taking(lambda a, w: int8_matmul(a, w, s, t), rows),
         }
     if dtype == FP8:
 
@@ -59,32 +42,37 @@ def dense_ways(layouts, dtype, s, t):
             return torch._scaled_mm(a, w.T, s[:, None], t[None], out_dtype=OUT, use_fast_accum=fast)
 
         return {
-            "_scaled_mm": layouts.taking("rows", functools.partial(scaled_mm, fast=False)),
-            "_scaled_mm, fast sums": layouts.taking("rows", functools.partial(scaled_mm, fast=True)),
-            "fp8_matmul": layouts.taking("rows", lambda a, w: fp8_matmul(a, w, s, t)),
+            "_scaled_mm": layouts.taking(functools.partial(scaled_mm, fast=False), rows),
+            "_scaled_mm, fast sums": layouts.taking(functools.partial(scaled_mm, fast=True), rows),
+            "fp8_matmul": layouts.taking(lambda a, w: fp8_matmul(a, w, s, t), rows),
         }
     return {
-        "F.linear": layouts.taking("rows", F.linear),
-        "matmul, weight by columns": layouts.taking("columns", torch.matmul),
-        "matmul, transposed": layouts.taking("rows", lambda a, w: torch.matmul(w, a.T).T),
+        "F.linear": layouts.taking(F.linear, rows),
+        "matmul, weight by columns": layouts.taking(torch.matmul, columns),
+        "matmul, transposed": layouts.taking(lambda a, w: torch.matmul(w, a.T).T, rows),
     }
 
 
-def sparse_ways(layouts, dtype, s, t):
+def sparse_ways(layouts, K, dtype, s, t):
     """Other sparse products, on a GPU; what this machine does not have says why when it is tried."""
+
+    def made_by(make):
+        return lambda values, metadata: make(decompress_24(values, metadata, in_features=K))
+
     if dtype == FP8:
         if TORCHAO is None or TORCHAO_COMPRESS is None:
             return {}
-        return {"torchao": layouts.taking("torchao", lambda a, w: TORCHAO(a, s, *w, t), TORCHAO_COMPRESS)}
+        return {"torchao": layouts.taking(lambda a, w: TORCHAO(a, s, *w, t, out_dtype=OUT), made_by(TORCHAO_COMPRESS))}
 
     def cusparselt(a, w):
         if dtype == torch.int8:
             return (torch._cslt_sparse_mm(w, a.T, out_dtype=OUT).T.float() * s[:, None] * t).to(OUT)
         return torch._cslt_sparse_mm(w, a.T).T
 
-    found = {"_cslt_sparse_mm": layouts.taking("cusparselt", cusparselt, torch._cslt_compress)}
+    found = {"_cslt_sparse_mm": layouts.taking(cusparselt, made_by(torch._cslt_compress))}
     if dtype == OUT:
-        found["SparseSemiStructuredTensor"] = layouts.taking("torch", F.linear, torch.sparse.to_sparse_semi_structured)
+        made = made_by(torch.sparse.to_sparse_semi_structured)
+        found["SparseSemiStructuredTensor"] = layouts.taking(F.linear, made)
     return found
 
 
@@ -107,11 +95,11 @@ def case(rows, sizes, dtype, device):
         if dtype == torch.int8:
             a, weight = ((x * 32).clamp(-127, 127).round() for x in (a, weight))
         values, metadata = compress_24(prune_24(weight.to(dtype)))
-        layouts.add(seed, values, metadata, K)
+        layouts.add(seed, values, metadata)
         return a.to(dtype), values, metadata
 
-    dense = dense_ways(layouts, dtype, s, t)
-    others = sparse_ways(layouts, dtype, s, t) if device == "cuda" else {}
+    dense = dense_ways(layouts, K, dtype, s, t)
+    others = sparse_ways(layouts, K, dtype, s, t) if device == "cuda" else {}
     candidates = {"fusedops": functools.partial(sparse_matmul, **options), **dense, **others}
     shape = f"{rows}x{N}x{K}"
     return Case(

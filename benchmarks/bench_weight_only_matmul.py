@@ -1,15 +1,18 @@
 """Products with int8, float8 and 4-bit weights against those of the same weight in 16 bits, and other packages'."""
 
-import itertools
-
 import torch
 import torch.nn.functional as F
-from _common import Case, main, peer
+from _common import Case, compiled, main, peer
+from _layouts import Layouts
 from torch.nn import Parameter
 
 from fusedops import weight_only_matmul
 from fusedops.nn import WeightOnlyLinear
 from fusedops.ops.weight_only_matmul.reference import dequantized
+
+GEMLITE = peer("gemlite.helper", "A16W8")
+TORCHAO = peer("torchao.quantization", "quantize_")
+TORCHAO_INT8 = peer("torchao.quantization", "Int8WeightOnlyConfig")
 
 ROWS = {"cuda": (1, 16, 64, 4096), "cpu": (1, 8, 64)}
 # (N, K): Llama 3 8B's down and gate projections on a GPU; on a CPU a square of that width and SmolLM2-135M's gate
@@ -43,82 +46,80 @@ def packed_for_torch(values, scale):
     return torch._convert_weight_to_int4pack_for_cpu(codes, 1), tables
 
 
-class Peers:
-    """Other ways with the same weights, each in the layout that it wants, made beforehand; calls take them in turn."""
+def other_ways(layouts, kind, K, device, dtype):
+    """Name to function of (x, values, scale), with the same weights."""
 
-    def __init__(self, kind, device, dtype):
-        self.kind, self.device, self.dtype = kind, device, dtype
-        self.layouts = {}
+    def dense(values, scale):
+        return dequantized(values, scale, None, K, torch.float32).to(dtype)
 
-    def add(self, seed, values, scale, K):
-        """The layouts of one weight."""
-        made = {"dense": dequantized(values, scale, None, K, torch.float32).to(self.dtype)}
-        if self.kind == "int4" and self.dtype == torch.bfloat16 and K % GROUP == 0:
-            made["int4"] = packed_for_torch(values, scale)
-        gemlite = peer("gemlite.helper", "A16W8") if self.kind == "int8" and self.device == "cuda" else None
-        if gemlite is not None:
-            made["gemlite"] = gemlite(device=self.device, dtype=self.dtype).from_weights(
-                values, None, scale.view(-1, 1)
-            )
-        self.layouts[seed] = made
+    found = {LINEAR: layouts.taking(F.linear, dense)}
+    if kind == "int8":
+        found["torch._weight_int8pack_mm"] = torch._weight_int8pack_mm
+    if kind == "int8" and device == "cuda" and GEMLITE:
 
-    def functions(self):
-        """Name to function of (x, values, scale)."""
-        found = {LINEAR: self.taking("dense", F.linear)}
-        if self.kind == "int8":
-            found["torch._weight_int8pack_mm"] = torch._weight_int8pack_mm
-            if self.device == "cuda":
-                found["gemlite A16W8"] = self.taking("gemlite", lambda x, layer: layer(x))
-        if self.kind == "int4":
-            name = "_weight_int4pack_mm" + ("_for_cpu" if self.device == "cpu" else "")
-            found[f"torch.{name}"] = self.taking(
-                "int4", lambda x, packed: getattr(torch, name)(x, packed[0], GROUP, packed[1])
-            )
-        return found
+        def gemlite(values, scale):
+            return GEMLITE(device=device).from_weights(weight=values, scales=scale.view(-1, 1), bias=None)
 
-    def taking(self, layout, function):
-        """The function with the next weight's layout as its second argument."""
-        calls = itertools.count()
+        found["gemlite A16W8"] = layouts.taking(lambda x, layer: layer(x), gemlite)
+    if kind == "int8" and device == "cuda" and TORCHAO and TORCHAO_INT8:
 
-        def call(x, *_):
-            return function(x, self.layouts[next(calls) % len(self.layouts)][layout])
+        def torchao(values, scale):
+            layer = torch.nn.Linear(K, len(values), bias=False, device="meta", dtype=dtype)
+            layer.weight = Parameter(dense(values, scale), requires_grad=False)
+            TORCHAO(layer, TORCHAO_INT8())
+            return layer.weight
 
-        return call
+        found["torchao int8, compiled"] = layouts.taking(compiled(F.linear), torchao)
+    if kind == "int4" and dtype == torch.bfloat16 and K % GROUP == 0:
+        name = "_weight_int4pack_mm" + ("_for_cpu" if device == "cpu" else "")
+
+        def packed_mm(x, packed):
+            return getattr(torch, name)(x, packed[0], GROUP, packed[1])
+
+        found[f"torch.{name}"] = layouts.taking(packed_mm, packed_for_torch)
+    return found
 
 
 def case(kind, rows, sizes, device, dtype):
     N, K = sizes
-    others = Peers(kind, device, dtype)
+    layouts = Layouts()
 
     def make(seed):
         values, scale = stored(kind, N, K, device, dtype)
-        others.add(seed, values, scale, K)
+        layouts.add(seed, values, scale)
         return torch.randn(rows, K, device=device).to(dtype), values, scale
 
     goal = (None, None)
     if kind != "int4" and rows <= 64 and N * K >= (LARGE if device == "cuda" else 2**24):
         goal = GOAL[device] if rows <= 32 else (None, GOAL[device][1])
-    name, candidates = f"{kind} {rows}x{N}x{K}", {"fusedops": weight_only_matmul, **others.functions()}
+    name = f"{kind} {rows}x{N}x{K}"
+    candidates = {"fusedops": weight_only_matmul, **other_ways(layouts, kind, K, device, dtype)}
     return Case("weight_only_matmul", name, dtype, make, candidates, {}, goal=goal, against=(LINEAR,))
 
 
 def module_case(sizes, device, dtype):
     """One row through the modules: what a call of `WeightOnlyLinear` takes beside one of `torch.nn.Linear`."""
     N, K = sizes
-    others = Peers("int8", device, dtype)
+    layouts = Layouts()
+
+    def ours(values, scale):
+        layer = WeightOnlyLinear(K, N, bias=False, device="meta", dtype=dtype)
+        layer.weight, layer.weight_scale = (Parameter(t, requires_grad=False) for t in (values[None], scale))
+        return layer
+
+    def plain(values, scale):
+        layer = torch.nn.Linear(K, N, bias=False, device="meta", dtype=dtype)
+        layer.weight = Parameter(ours(values, scale).dequantize())
+        return layer
 
     def make(seed):
         values, scale = stored("int8", N, K, device, dtype)
-        layer = WeightOnlyLinear(K, N, bias=False, device="meta", dtype=dtype)
-        layer.weight, layer.weight_scale = (Parameter(t, requires_grad=False) for t in (values[None], scale))
-        plain = torch.nn.Linear(K, N, bias=False, device="meta", dtype=dtype)
-        plain.weight = Parameter(layer.dequantize())
-        others.layouts[seed] = {"ours": layer, "plain": plain}
+        layouts.add(seed, values, scale)
         return torch.randn(1, K, device=device).to(dtype), values, scale
 
     candidates = {
-        "fusedops": others.taking("ours", lambda x, layer: layer(x)),
-        "nn.Linear": others.taking("plain", lambda x, layer: layer(x)),
+        "fusedops": layouts.taking(lambda x, layer: layer(x), ours),
+        "nn.Linear": layouts.taking(lambda x, layer: layer(x), plain),
     }
     name = f"int8 1x{N}x{K} as modules"
     return Case("weight_only_matmul", name, dtype, make, candidates, {}, goal=GOAL[device])
@@ -127,7 +128,7 @@ def module_case(sizes, device, dtype):
 def cases(device, quick):
     """Decoding steps of one and several sequences, and a prompt, in every format; and one step through the modules."""
     for dtype in DTYPES[device][: 1 if quick else None]:
-        yield module_case(SIZES[device][0], device, dtype)
+        yield module_case(SIZES[device][-1 if quick else 0], device, dtype)
     for dtype in DTYPES[device][: 1 if quick else None]:
         for sizes in SIZES[device][-1:] if quick else SIZES[device]:
             for rows in ROWS[device][:1] if quick else ROWS[device]:

@@ -1,9 +1,12 @@
 """Writes of new tokens into a paged cache, with and without the rotation before, against torch's assignments."""
 
 import torch
-from _common import Case, main
+from _common import Case, main, peer
+from _layouts import Layouts
 
 from fusedops import rotary, rotary_write_kv_cache, write_kv_cache
+
+FLASHINFER = peer("flashinfer", "append_paged_kv_cache")
 
 SIZES = {"cuda": (32, 8, 128), "cpu": (9, 3, 64)}  # heads, key heads and head size: Llama 3 8B, SmolLM2-135M
 TOKENS = {"cuda": (1, 128, 8192), "cpu": (1, 128)}
@@ -15,13 +18,30 @@ def indexed(k, v, k_cache, v_cache, slots):
     v_cache.view(-1, *v.shape[1:])[slots] = v
 
 
+def flashinfer(k, layout):
+    v, caches, *places = layout
+    FLASHINFER(k, v, *places[:2], caches, *places[2:], "NHD")
+    return caches
+
+
+def for_flashinfer(v, k_cache, v_cache, slots):
+    """All pages as those of one sequence in their order, in which a slot is a position."""
+    count, page_size, positions = len(k_cache), k_cache.shape[1], slots.int()
+    pages = torch.arange(count, dtype=torch.int32, device=v.device)
+    bounds = torch.tensor([0, count, page_size], dtype=torch.int32, device=v.device)
+    return v, (k_cache, v_cache), torch.zeros_like(positions), positions, pages, bounds[:2], bounds[2:]
+
+
 def write_case(tokens, device, dtype, sizes):
     _, kv_heads, dim = sizes
+    layouts = Layouts()
 
     def make(seed):
         k, v = (torch.randn(tokens, kv_heads, dim, device=device).to(dtype) for _ in "kv")
-        caches = [torch.zeros(-(-tokens // 16) * 2, 16, kv_heads, dim, device=device, dtype=dtype) for _ in "kv"]
-        return k, v, *caches, torch.randperm(tokens * 2, device=device)[:tokens]
+        caches = [torch.randn(-(-tokens // 16) * 2, 16, kv_heads, dim, device=device).to(dtype) for _ in "kv"]
+        slots = torch.randperm(tokens * 2, device=device)[:tokens]
+        layouts.add(seed, v, *caches, slots)
+        return k, v, *caches, slots
 
     def ours(*arguments):
         write_kv_cache(*arguments)
@@ -32,7 +52,10 @@ def write_case(tokens, device, dtype, sizes):
         return arguments[2:4]
 
     name = f"{tokens} tokens of {kv_heads}x{dim}"
-    return Case("write_kv_cache", name, dtype, make, {"fusedops": ours, "torch": torch_way}, {}, check=None)
+    candidates = {"fusedops": ours, "torch": torch_way}
+    if device == "cuda" and FLASHINFER:
+        candidates["flashinfer"] = layouts.taking(flashinfer, for_flashinfer)
+    return Case("write_kv_cache", name, dtype, make, candidates, {}, check=None)
 
 
 def rotary_write_case(tokens, device, dtype, sizes):
@@ -41,7 +64,7 @@ def rotary_write_case(tokens, device, dtype, sizes):
     def make(seed):
         q, k, v = (torch.randn(tokens, count, dim, device=device).to(dtype) for count in (heads, kv_heads, kv_heads))
         angle = torch.rand(tokens, dim, device=device)
-        caches = [torch.zeros(-(-tokens // 16), 16, kv_heads, dim, device=device, dtype=dtype) for _ in "kv"]
+        caches = [torch.randn(-(-tokens // 16), 16, kv_heads, dim, device=device).to(dtype) for _ in "kv"]
         return q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), *caches, torch.randperm(tokens, device=device)
 
     def two_calls(q, k, v, cos, sin, k_cache, v_cache, slots):

@@ -1,14 +1,15 @@
 """On a machine with an NVIDIA GPU: run the GPU tests and every benchmark, and keep what they say in one place.
 
     python benchmarks/gpu_gate.py [--minutes 25] [--only tests,rms_norm] [--quick] [--resume] [--out benchmarks/results]
-    python benchmarks/gpu_gate.py --dry-run --out DIR    # without a GPU: the same stages, interpreted, on tiny shapes
+    python benchmarks/gpu_gate.py --dry-run [--out build/dry_run]    # without a GPU: interpreted, on tiny shapes
 
 Works from a source checkout that is not installed; torch, triton, pytest and hypothesis are enough. Stages (ceilings,
-build of csrc/cuda, tests, benchmarks with their goals, compute-sanitizer, tuning) run one after the other, each in its
-part of the time; one that fails, crashes or runs out of time does not stop the next. The folder
-``<out>/<gpu>_<date>/`` receives ``rows.json`` (all rows of the benchmarks), ``summary.json`` (environment, what became
-of each stage, goals over many rows) and ``gate.log`` (all output); ``--resume`` goes on in the newest such folder with
-the stages that it has not ended. The table of all rows is printed last.
+build of csrc/cuda, tests by file, benchmarks, host cost, whole models, compute-sanitizer, tuning) run one after the
+other, each in a process of its own and in its part of the time; one that fails, crashes or runs out of time does not
+stop the next. The folder ``<out>/<device>_<date>/`` receives ``rows.json`` (all rows of the benchmarks),
+``host_cost.json``, ``model.json`` and ``model_batch.json`` (other figures), ``summary.json`` (environment, what became
+of each stage, goals 1 to 12) and ``gate.log`` (all output); ``--resume`` goes on in the newest such folder with the
+stages that it has not ended. The goals and the table of all rows are printed last.
 Exit status: 0 no stage failed, 1 one did or had no time, 2 there is no CUDA device, or nothing to run.
 """
 
@@ -16,16 +17,17 @@ import argparse
 import json
 import os
 import re
-import signal
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import _goals
+import _processes
 from _rows import NOT_RUN, environment, key, table, write
-from _stages import chosen, stages
+from _stages import MODELS, chosen, stages
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -33,7 +35,6 @@ NO_DEVICE = NOTHING_TO_RUN = 2
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 OUT_OF_TIME = "out of time"
 ENVIRONMENT = {
-    **os.environ,
     "TRITON_INTERPRET": "0",  # the tests would choose the interpreter
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "PYTHONUNBUFFERED": "1",
@@ -49,17 +50,9 @@ def run_stage(stage, log, seconds):
     command = stage.command + told
     heading = f"== {stage.name}, at most {seconds:.0f} s: {' '.join(command)}\n"
     print(heading, end="", flush=True)
-    variables = {**ENVIRONMENT, **stage.variables}
+    variables = {**os.environ, **ENVIRONMENT, **stage.variables}
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=variables, start_new_session=True
-        )
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # a test's own processes too
-            process.wait()
-            status = None
+        status = _processes.status_of(command, variables, output, seconds, stage.forked)
         output.seek(0)
         said = output.read()
     with open(log, "a") as kept:
@@ -109,6 +102,8 @@ def run_stages(plan, folder, deadline, earlier=()):
         results.append(run_stage(stage, folder / "gate.log", min(left, left * share * 1.5)))
         if stage.rows and stage.rows.exists():
             rows = merged(rows, json.loads(stage.rows.read_text()))
+        if stage.figures and stage.figures.exists():
+            shutil.copy(stage.figures, folder)
         write(kept, rows)
         yield results
 
@@ -132,6 +127,13 @@ def resumed(out, name):
     return folders[-1], [result for result in summary["stages"] if has_ended(result)]
 
 
+def judged(folder):
+    """The goals, by all that the stages have left in a folder."""
+    figures = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json") if path.stem != "summary"}
+    models = [row for name in MODELS for row in figures.get(name, [])]
+    return _goals.judge(figures["rows"], figures.get("host_cost", []), models)
+
+
 def parsed(argv):
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -140,14 +142,18 @@ def parsed(argv):
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: interpreted, on tiny shapes")
     parser.add_argument("--resume", action="store_true", help="go on where the last run stopped")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="default: benchmarks/results")
-    return parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results, of a dry run build/dry_run")
+    args = parser.parse_args(argv)
+    args.out = args.out or (ROOT / "build/dry_run" if args.dry_run else HERE / "results")  # no figure of it is kept
+    return args
 
 
 def main(argv=None):
     """Run all stages within the time given, write the summary, and print the table."""
     args = parsed(argv)
     deadline = time.monotonic() + 60 * args.minutes
+    if args.dry_run:
+        _processes.preload()
 
     import torch
 
@@ -157,7 +163,7 @@ def main(argv=None):
     found = environment("cpu" if args.dry_run else "cuda")
     print(json.dumps(found, indent=2), flush=True)
     name = re.sub(r"[^a-z0-9]+", "_", found["device"].lower()).strip("_")
-    folder, results = args.out / f"{name}_{found['date'][:19].replace(':', '')}", []
+    folder, results, goals = args.out / f"{name}_{found['date'][:19].replace(':', '')}", [], []
     with tempfile.TemporaryDirectory() as scratch:
         try:
             plan = chosen(list(stages(Path(scratch), args.quick, args.dry_run)), args.only)
@@ -171,13 +177,13 @@ def main(argv=None):
         plan = [stage for stage in plan if stage.name not in ended]
         for so_far in run_stages(plan, folder, deadline, results):
             results = so_far
-            goals = _goals.judge(json.loads((folder / "rows.json").read_text()))
-            summary = {"environment": found, "stages": results, "goals": goals}
+            goals = judged(folder)
+            summary = {"environment": found, "stages": results, "goals": list(map(asdict, goals))}
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     rows = json.loads((folder / "rows.json").read_text())
     for result in results:
         print(f"{result['stage']:<28}{result['seconds']:>8.1f} s  {result['result']}")
-    print("\n".join(_goals.lines(rows)))
+    print(*goals, sep="\n")
     print(f"written to {folder}")
     print(table(rows))
     return int(any(map(is_bad, results)))

@@ -2,12 +2,15 @@
 
 The driver is a stub that runs nothing, and tensors lie in the CPU's memory. All are timed in one process, in
 alternating rounds: ours, the same kernel by Triton's ``kernel[grid]``, the same behind ``torch.library.custom_op``, and
-Liger and QuACK where they can be imported.
+Liger and QuACK where they can be imported. What a call costs without the checks of level 1, and how much of it is more
+than its allocations and launches, stand beside it.
 
     python benchmarks/host_cost.py [--json FILE] [--quick]
 """
 
 import argparse
+import contextlib
+import ctypes
 import statistics
 import sys
 import time
@@ -18,12 +21,18 @@ from host import stub_gpu
 
 ROUNDS, CALLS = 31, 400
 UNIT = "empty_like"  # what all are compared with: torch's cheapest way to make an output
+GRID = "kernel[grid] of rms_norm"
+LEVEL_0 = ", level 0"  # ends the names of calls without checks of values
+ALONE = ", launches alone"  # ends those of calls without the look that recognises them
+SHORT, LONG = "paged_attention, 8 x 100 keys", "paged_attention, 8 x 1000 keys"  # one launch; two: split
+GOALS = {"rms_norm": 4.0, SHORT: 6.0, LONG: 6.0}  # times UNIT, at most
 
 
 def calls(torch):
     """name -> function without arguments, of what is measured; and name -> reason of what cannot be."""
     import fusedops
     from fusedops._core import rows
+    from fusedops._core.register import operators
     from fusedops.ops.rms_norm import _triton as rms
 
     x, weight = torch.randn(1, 4096), torch.randn(4096)
@@ -43,19 +52,22 @@ def calls(torch):
         return out
 
     q, k, v = (torch.randn(1, length, heads, 128) for length, heads in ((1, 32), (100, 8), (100, 8)))
-    caches = [torch.randn(64, 16, 8, 128) for _ in "kv"]
-    table = torch.arange(64, dtype=torch.int32).view(8, 8)
-    lengths = torch.full((8,), 100, dtype=torch.int32)
-    queries = torch.randn(8, 32, 128)
+    short, long = _decoding(torch, 100), _decoding(torch, 1000)
     found = {
         UNIT: lambda: torch.empty_like(x),
         "rms_norm": lambda: fusedops.rms_norm(x, weight),
-        "kernel[grid] of rms_norm": lambda: launch(x, weight, out),
+        GRID: lambda: launch(x, weight, out),
         "custom_op of rms_norm": lambda: custom(x, weight),
         "silu_mul": lambda: fusedops.silu_mul(x, up),
         "attention, 100 keys": lambda: fusedops.attention(q, k, v, causal=True),
-        "paged_attention, 8 x 100 keys": lambda: fusedops.paged_attention(queries, *caches, table, lengths),
+        SHORT: lambda: fusedops.paged_attention(*short),
+        LONG: lambda: fusedops.paged_attention(*long),
+        "cuda.Kernel.launch, 16 arguments": _cuda_launch(torch),
     }
+    found |= {name + LEVEL_0: found[name] for name in GOALS}
+    found["rms_norm" + ALONE] = _launches(operators()["rms_norm"], fusedops.rms_norm, (x, weight))
+    for name, tensors in ((SHORT, short), (LONG, long)):
+        found[name + ALONE] = _launches(operators()["paged_attention"], fusedops.paged_attention, tensors)
     missing = {}
     for name, make in (("liger rms_norm", _liger), ("quack rms_norm", _quack)):
         try:
@@ -65,6 +77,34 @@ def calls(torch):
             found.pop(name, None)
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found, missing
+
+
+def _decoding(torch, length):
+    """The tensors of a step of decoding: eight sequences, 32 heads of 128, 8 of keys."""
+    pages = -(-length // 16)
+    caches = [torch.randn(8 * pages, 16, 8, 128) for _ in "kv"]
+    table = torch.arange(8 * pages, dtype=torch.int32).view(8, pages)
+    return torch.randn(8, 32, 128), *caches, table, torch.full((8,), length, dtype=torch.int32)
+
+
+def _launches(operator, function, tensors):
+    """What repeats the allocations and launches of a call, and looks at nothing."""
+    for _ in range(2):
+        function(*tensors)
+    source = list(operator._plans.values())[-1]._replay.first
+    repeat, others = source.compile("repeat"), [None] * (len(source.parameters) - len(tensors))
+    return lambda: repeat(*tensors, *others)
+
+
+def _cuda_launch(torch):
+    """A launch of a kernel that is not Triton's, with the arguments of a sparse product."""
+    from fusedops._core import cuda
+
+    kernel = cuda.load("sparse_matmul", "fusedops_sparse_matmul_mma_bf16_128x128", "sm_100")  # of which PTX is shipped
+    tensors, number = [torch.zeros(8) for _ in range(4)], ctypes.c_int32(1)
+    arguments = *tensors, None, None, None, ctypes.c_int64(64), *[number] * 8
+    device = torch.device("cuda", 0)
+    return lambda: kernel.launch((64, 1, 1), (256, 1, 1), arguments, shared=100_000, device=device)
 
 
 def _liger(x, weight):
@@ -81,17 +121,20 @@ def _quack(x, weight):
 
 def medians(functions, rounds, count):
     """name -> (median, least, largest) seconds of this thread for one call, over alternating rounds."""
-    for function in functions.values():
-        for _ in range(4):  # compiled, watched, and replayed once
-            function()
+    from fusedops._core import env
+
     seconds = {name: [] for name in functions}
     for number in range(rounds):
         for name in list(functions)[:: -1 if number % 2 else 1]:
             function = functions[name]
-            start = time.thread_time()
-            for _ in range(count):
-                function()
-            seconds[name].append((time.thread_time() - start) / count)
+            without = env.override("FUSEDOPS_VALIDATE", "0") if name.endswith(LEVEL_0) else contextlib.nullcontext()
+            with without:
+                for _ in range(4):  # compiled, watched, replayed, and recognised
+                    function()
+                start = time.thread_time()
+                for _ in range(count):
+                    function()
+                seconds[name].append((time.thread_time() - start) / count)
     return {name: (statistics.median(values), min(values), max(values)) for name, values in seconds.items()}
 
 
@@ -108,12 +151,12 @@ def main():
     with stub_gpu.in_place(), torch.no_grad():
         functions, missing = calls(torch)
         found = medians(functions, *((3, 20) if args.quick else (ROUNDS, CALLS)))
-    print(f"{'':<32}{'us':>8}{'of ' + UNIT:>16}{'of kernel[grid]':>18}")
+    print(f"{'':<48}{'us':>8}{'of ' + UNIT:>16}{'goal':>8}{'of kernel[grid]':>18}")
     for name, (seconds, _, _) in found.items():
-        unit, grid = (seconds / found[other][0] for other in (UNIT, "kernel[grid] of rms_norm"))
-        print(f"{name:<32}{seconds * 1e6:>8.2f}{unit:>16.2f}{grid:>18.2f}")
+        unit, grid = (seconds / found[other][0] for other in (UNIT, GRID))
+        print(f"{name:<48}{seconds * 1e6:>8.2f}{unit:>16.2f}{GOALS.get(name, ''):>8}{grid:>18.2f}")
     for name, reason in missing.items():
-        print(f"{name:<32}left out: {reason}")
+        print(f"{name:<48}left out: {reason}")
     if args.json:
         where = environment("cpu")
         write(args.json, [

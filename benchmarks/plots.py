@@ -13,9 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from _rows import EAGER, ON_DEVICE, share
+from matplotlib.ticker import LogLocator, NullLocator
 
 MAX_GROUPS = 12  # of bars in one picture
 MIN_SIZES = 3  # numbers of rows that make a line
+LEGEND_WIDTH = 110  # characters beside each other
 INK = ("#0b4f6c", "#7fb7d1", "#d98e04", "#8c8c8c", "#c8d5b9", "#6b3e75", "#e3b5a4", "#3d3d3d")  # apart in grey as well
 SPARSE = ("_cslt_sparse_mm", "SparseSemiStructuredTensor", "torchao")  # peers of sparse_matmul that are not dense
 MARKERS = "osD^vP*X"
@@ -36,13 +38,12 @@ def draw(rows, folder, prefix):
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{prefix}_*.png"):
         path.unlink()
-    pictures = {"roofline": roofline(rows), "sparse_matmul_crossover": crossover(rows)}
-    for name, group in groups(rows).items():
-        pictures[name] = bars(group, name)
-    for name, group in by_batch(rows).items():
-        pictures[f"{name}_latency"] = latency(group, name)
+    makers = {"roofline": (roofline, rows), "sparse_matmul_crossover": (crossover, rows)}
+    makers |= {name: (bars, group, name) for name, group in groups(rows).items()}
+    makers |= {f"{name}_latency": (latency, group, name) for name, group in by_batch(rows).items()}
     paths = []
-    for name, figure in pictures.items():
+    for name, (make, *about) in makers.items():
+        figure = make(*about)
         if figure is not None:
             paths.append(folder / f"{prefix}_{name}.png")
             figure.savefig(paths[-1], dpi=160)
@@ -67,12 +68,12 @@ def groups(rows):
 
 
 def by_batch(rows):
-    """Name of a picture to the rows by the number with which their shapes begin, which else are equal."""
+    """Name of a picture to the rows by the first number of their shapes, which else are equal."""
     found = {}
     for row in rows:
-        size = re.match(r"(\d+)x(.+)", row["shape"])
+        size = re.match(r"(\w+ )?(\d+)x(.+)", row["shape"])  # such as "int8 64x4096x4096"
         if size and row["seconds"]:
-            found.setdefault((row["op"], size[2], row["dtype"]), []).append((int(size[1]), row))
+            found.setdefault((row["op"], (size[1] or "") + size[3], row["dtype"]), []).append((int(size[2]), row))
     named = {}
     for (op, rest, dtype), group in found.items():
         sizes = dict(sorted(group, key=lambda pair: pair[0]))
@@ -90,15 +91,24 @@ def latency(sizes, name):
         there = [(size, seconds * 1e6) for size, seconds in times.items() if seconds is not None]
         style = {"color": INK[place % len(INK)], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
         axes.plot(*zip(*there), label=candidate, linewidth=2 if place == 0 else 1, **style)
-    axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(list(sizes), list(map(str, sizes)))
-    axes.set_xlabel("rows")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    counted(axes, sizes)
+    axes.set_xlabel("rows (of pages: sequences)")
     axes.set_ylabel("µs, less is better")
     axes.grid(True, which="major", linewidth=0.3)
     figure.suptitle(f"{name.replace('_', ' ')}\n{caption(rows)}", fontsize=8.5)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
+
+
+def counted(axes, sizes):
+    """A logarithmic axis of numbers of rows, on which each that was measured is written."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(sizes), list(map(str, sizes)))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def under_operations(row):
@@ -146,7 +156,8 @@ def bars(rows, name):
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"{label}, more is better")
     figure.suptitle(f"{name.replace('_', ' ')}\n{caption(rows)}", fontsize=8.5)
-    figure.legend(loc="outside lower center", ncols=min(6, len(candidates)), fontsize=8, frameon=False)
+    columns = max(1, min(len(candidates), LEGEND_WIDTH // (6 + max(map(len, candidates)))))
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
@@ -182,7 +193,7 @@ def crossover(rows):
         style = {"color": INK[index % len(INK)], "linestyle": ("-", "--", ":")[index // len(INK) % 3], "markersize": 4}
         axes.plot(*zip(*places), MARKERS[index % len(MARKERS)], label=name, **style)
     axes.axhline(1, color="black", linewidth=1)
-    axes.set_xscale("log", base=2)
+    counted(axes, sorted({number for places in lines.values() for number, _ in places}))
     axes.set_xlabel("rows of a")
     axes.set_ylabel("time of the best dense / ours")
     axes.grid(True, which="major", linewidth=0.3)
@@ -209,8 +220,8 @@ def roofline(rows):
     axes.annotate(f"TC* {rate / 1e12:.3g} TFLOP/s", (knee, rate / 1e12), xytext=(4, 4), textcoords="offset points")
     axes.annotate(
         f"BW* {bandwidth / 1e9:.4g} GB/s",
-        (knee / 20, rate / 2e13),
-        xytext=(-6, 0),
+        ((low * knee) ** 0.5, (low * knee) ** 0.5 * bandwidth / 1e12),
+        xytext=(-6, 4),
         textcoords="offset points",
         ha="right",
     )

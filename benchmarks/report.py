@@ -9,6 +9,7 @@ written by hand. Of rows about the same operator, shape, dtype and device the ne
 """
 
 import argparse
+import ast
 import json
 import re
 import sys
@@ -23,6 +24,8 @@ WITH_TABLES = ("performance", "serving", "quantization", "sparsity")
 PAGES = ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in WITH_TABLES)
 IMAGES = ROOT / "docs/images"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- results end -->)", re.DOTALL)
+PACKAGE = ROOT / "fusedops/__init__.py"
+OPS, UNTIMED = "fusedops.ops.", ("is_24",)  # the folders of operators; what only looks at a weight
 NOTHING = "No GPU has been measured yet, so there is no figure.\n"
 MIB = 2**20
 NAMED = {"quantized": "quantised", "sparse": "sparse"}  # models of `fusedops demo`, as its JSON and as pages name them
@@ -111,15 +114,28 @@ def summary(rows):
         shown = [by_key[key] for key in HEADLINES if key in by_key]
         lines = [headline(key, by_key.get(key)) for key in HEADLINES]
         header = ("operator", "shape", "dtype", "µs:", "reached:", "fastest other", "µs:", "times as fast:", "error:")
-        text += "\n".join([markdown(header, lines), *(f"{line}.  " for line in runs(shown)), ""])
+        text += "\n".join([markdown(header, lines), *(f"{line}.  " for line in runs(shown)), "", unmeasured(found)])
     return text or NOTHING
 
 
+def operators():
+    """Public names of the operators that benchmarks measure, in the order of ``fusedops/__init__.py``."""
+    tree = ast.parse(PACKAGE.read_text())
+    imports = [line for line in tree.body if isinstance(line, ast.ImportFrom) and line.module.startswith(OPS)]
+    return [alias.name for line in imports for alias in line.names if alias.name not in UNTIMED]
+
+
+def unmeasured(rows):
+    """A sentence on the operators of which a GPU's rows say nothing; empty where there is none."""
+    missing = [f"`{name}`" for name in operators() if name not in {row["op"] for row in rows}]
+    return f"No figure of this GPU yet: {', '.join(missing)}.\n" if missing else ""
+
+
 def headline(key, row):
-    """One line of the README's table; what was not measured stays blank."""
+    """One line of the README's table."""
     op, shape, dtype = key
     if row is None:
-        return [f"`{op}`", shape, dtype, *[""] * 6]
+        return [f"`{op}`", shape, dtype, "no figure", *[""] * 5]
     best = row["peers"].get(row["best_peer"])
     return [
         f"`{op}`", shape, dtype, microseconds(row["seconds"]), share(row).replace("*", "\\*"),
@@ -132,6 +148,8 @@ def tables(rows):
     text = NOTHING + "\n" if not any(map(on_a_gpu, rows)) else ""
     for device, found in devices(rows).items():
         text += f"## {device}\n\n" + "".join(f"- {line}\n" for line in runs(found)) + "\n"
+        if on_a_gpu(found[0]) and unmeasured(found):
+            text += unmeasured(found) + "\n"
         for path in sorted(IMAGES.glob(f"{slug(device)}_*.png")):
             name = path.stem.removeprefix(slug(device)).strip("_").replace("_", " ")
             text += f"![{name} on {device}](images/{path.name})\n\n"

@@ -1,14 +1,18 @@
-"""At most how many bytes of shared memory each kernel asks for, by the arithmetic of its tile.
+"""At most how many bytes of shared memory each kernel asks for, by the arithmetic of its tile; and CUDA launches.
 
 `test_compile.py` compares it with what compiled examples really ask for, `test_defaults.py` with what devices have.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
 import torch
 
+from fusedops._core.cuda import images
+from fusedops._core.occupancy import MAX_BLOCK_THREADS, MAX_GRID
 from fusedops.ops.attention import _triton as attention
+from fusedops.ops.attention._triton import backward_launch, hopper_launch
 from fusedops.ops.paged_attention import _triton as paged
 from fusedops.ops.scaled_matmul import _triton as scaled
 from fusedops.ops.sparse_matmul import _triton as sparse
@@ -107,30 +111,20 @@ def _paged(launch):
 
 
 def _backward(resident, moving):
-    """A tile of two tensors that stays, tiles of two others on their way, two of products, masks, rows of numbers."""
-
     def estimate(launch):
-        size = launch.bytes["q_ptr"]
-        width = (launch["BLOCK_D"] + launch["BLOCK_DV"]) * size
-        product = launch["BLOCK_M"] * launch["BLOCK_N"]
-        has_mask = launch.values["MASK_KIND"] != "none" and launch.num_stages > 1  # else it goes to registers at once
-        mask = launch.tiles * product * 4 * has_mask
-        # mma.sync takes one of the products from registers
-        products = product * size * (2 if launch.is_asynchronous or size == 4 else 1)
-        rows = launch.tiles * launch["BLOCK_M"] * 8 + 512
-        return launch[resident] * width + launch.tiles * launch[moving] * width + products + mask + rows
+        width, has_mask = launch["BLOCK_D"] + launch["BLOCK_DV"], launch.values["MASK_KIND"] != "none"
+        sizes = launch[resident], launch[moving], launch.num_stages, width, launch.bytes["q_ptr"]
+        return backward_launch.shared_bytes(*sizes, has_mask, launch.limits)
 
     return estimate
 
 
 def _attention_hopper(launch):
-    """Q's tile, the rings of keys and values, and the result's where it does not leave through Q's, and barriers."""
-    groups, stages, block_n = launch["NUM_GROUPS"], launch["NUM_STAGES"], launch["BLOCK_N"]
-    narrow, wide = launch.bytes["q_desc"], launch.bytes["v_desc"]
-    width, width_v = launch["q_desc columns"], launch["v_desc columns"]
-    queries = groups * 64 * width * narrow
-    out = 0 if str(launch.values["OUT_IN_Q"]) == "True" else groups * 64 * width_v * wide
-    return queries + stages * block_n * (width * narrow + width_v * wide) + out + 512
+    tile = hopper_launch.HopperConfig(
+        launch["NUM_GROUPS"], launch["BLOCK_N"], launch["q_desc columns"], launch["v_desc columns"],
+        launch["NUM_STAGES"], str(launch.values["OUT_IN_Q"]) == "True",
+    )  # fmt: skip
+    return hopper_launch.shared_bytes(tile, launch.bytes["q_desc"])
 
 
 def _scaled(kernel):
@@ -144,9 +138,8 @@ def _scaled(kernel):
 
 
 def _scaled_hopper(launch):
-    """The ring of both operands, the result in halves, and barriers."""
-    block_n = launch["BLOCK_N"]
-    return launch["NUM_STAGES"] * (128 + block_n) * launch["BLOCK_K"] + 128 * min(block_n, 128) + 512
+    tile = scaled.hopper_launch.HopperConfig(launch["BLOCK_N"], launch["NUM_STAGES"])
+    return scaled.hopper_launch.shared_bytes(tile)
 
 
 def _weight_only(launch):
@@ -199,3 +192,26 @@ _ESTIMATES = {
     "_combine_kernel": lambda launch: (_tile("BLOCK_SPLITS", "BLOCK_DV") if "BLOCK_DV" in launch.values
                                        else _tile("BLOCK_N"))(launch),
 }  # fmt: skip
+
+
+def too_much_of_cuda(launch, limits):
+    """What of a CUDA kernel's launch a device does not have, one sentence each; registers are bounded in the source."""
+    (x, y, z), found = launch.keywords["block"], []
+    if not 1 <= x * y * z <= MAX_BLOCK_THREADS or x % 32:
+        found.append(f"a block of {launch.keywords['block']}")
+    if not all(1 <= size <= most for size, most in zip(launch.grid, MAX_GRID)):
+        found.append(f"a grid of {launch.grid}")
+    if launch.keywords["shared"] > limits.shared_memory:
+        needed = launch.keywords["shared"]
+        found.append(f"{needed} bytes of shared memory, there are {limits.shared_memory}")
+    product = images.products(limits.arch)[-1]
+    if launch.kernel.symbol not in symbols(product):
+        found.append(f"no {launch.kernel.symbol} in {launch.kernel.source}.{product}")
+    return found
+
+
+@functools.cache
+def symbols(product):
+    """Names of the CUDA kernels that are compiled."""
+    texts = [images.kept(source, product).content.decode() for source in images.names()]
+    return {name for text in texts for name in re.findall(r"^\.visible \.entry (\w+)", text, re.MULTILINE)}

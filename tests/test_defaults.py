@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import fusedops
-from fusedops._core import inspection, tuning
+from fusedops._core import cuda, inspection, tuning
 from fusedops._core.device import MIN_CAPABILITY, MIN_FP8_CAPABILITY, TARGETS
 from fusedops._core.occupancy import MAX_BLOCK_THREADS, MAX_GRID, MAX_THREAD_REGISTERS, REGISTERS
 from fusedops._core.register import operators
 from fusedops.ops.attention import _triton as attention
-from tests.shared_memory import from_launch, shared_memory
+from tests.shared_memory import from_launch, shared_memory, symbols, too_much_of_cuda
+from tests.test_compile import OPERATOR_FILES, kernels_defined
 
 FEWEST = 200  # shapes of each operator
 FP8 = torch.float8_e4m3fn
@@ -46,7 +47,7 @@ def norms(tensors, parameters=1, **kwargs):
 
 
 def quantised():
-    for granularity, args in itertools.product(("row", "tensor"), rows(1)):
+    for granularity, args in itertools.product(("row", "tensor", "block", "block_2d"), rows(1)):
         yield args[0], {"granularity": granularity}
 
 
@@ -159,12 +160,12 @@ def weights():
 
 
 def sparse_weights():
-    """What Triton multiplies: up to 64 rows, and float32; more are the CUDA kernels', which have tests of their own."""
+    """Few rows, which Triton multiplies, and many, which the CUDA kernels take, but for float32."""
     layers, few = ((576, 576), (4096, 4096), (28672, 4096), (1000, 1056)), (1, 2, 8, 16, 17, 32, 33, 48, 63, 64)
-    for (n, k), m, dtype in itertools.product(layers, (*few, 65, 1000, 4096), (*DTYPES, torch.int8, FP8)):
-        if m in few or dtype == torch.float32:
-            metadata = torch.empty(n, -(-k // 128) * 16, dtype=torch.uint8, device="meta")
-            yield (empty(m, k, dtype=dtype), empty(n, -(-k // 64) * 32, dtype=dtype), metadata), {}
+    many = (65, 100, 128, 200, 256, 512, 1000, 4096, 16384)
+    for (n, k), m, dtype in itertools.product(layers, (*few, *many), (*DTYPES, torch.int8, FP8)):
+        metadata = torch.empty(n, -(-k // 128) * 16, dtype=torch.uint8, device="meta")
+        yield (empty(m, k, dtype=dtype), empty(n, -(-k // 64) * 32, dtype=dtype), metadata), {}
 
 
 GRIDS = {
@@ -201,6 +202,8 @@ DIFFERENTIABLE = (
 
 def too_much(launch, limits):
     """What of a launch a device does not have, one sentence each."""
+    if isinstance(launch.kernel, cuda.Kernel):
+        return too_much_of_cuda(launch, limits)
     described = from_launch(launch, limits)
     values = described.values
     warps = values.get("num_warps", 4)
@@ -239,7 +242,7 @@ def sums_of(described):
 def rejected_for(operator, args, limits):
     """Why the kernels do not take a call on a device, None where they do."""
     implementation, rejected = operator.select(args, limits)
-    return None if implementation == "triton" else dict(rejected)["triton"]
+    return None if implementation in ("cuda", "triton") else dict(rejected)["triton"]
 
 
 def grid_of(op):
@@ -302,6 +305,44 @@ def test_defaults_of_derivatives_fit_every_target(op):
     found, number = violations(op, backward=True)
     assert number >= FEWEST
     assert not found, f"{len(found)}, such as {found[:5]}"
+
+
+def launched(op, backward, step):
+    """Names of the kernels that every so many calls of a grid launch."""
+    names = set()
+    for args, kwargs in itertools.islice(grid_of(op), 0, None, step):
+        if backward and args[0].dtype == FP8:
+            continue
+        for operator, arguments in inspection.operator_calls(getattr(fusedops, op), args, kwargs, backward):
+            for limits in (TARGETS["sm_89"], TARGETS["sm_90a"]):
+                for launch in inspection.record(operator, arguments, limits):
+                    names.add(getattr(launch.kernel, "symbol", None) or launch.kernel.fn.__name__)
+    return names
+
+
+def test_every_kernel_is_in_a_grid():
+    """A new kernel must be launched by some call of these grids, Triton's and CUDA's alike."""
+    found = set().union(*(launched(op, False, 3) for op in fusedops.OPERATORS))
+    found = found.union(*(launched(op, True, 17) for op in DIFFERENTIABLE))
+    triton = set().union(*map(kernels_defined, OPERATOR_FILES))
+    assert found == triton | symbols("sm_90a.ptx")
+
+
+def test_a_launch_of_a_cuda_kernel_that_does_not_fit_is_found():
+    operator, args = inspection.operator_calls(fusedops.sparse_matmul, *sparse_call(1000))[0]
+    (launch,) = inspection.record(operator, args, TARGETS["sm_90a"])
+    assert too_much(launch, TARGETS["sm_90a"]) == []
+    assert "225376 bytes of shared memory" in too_much(launch, TARGETS["sm_86"])[0]
+    for changes, sentence in (({"block": (2048, 1, 1)}, "a block of"), ({"block": (33, 1, 1)}, "a block of")):
+        altered = dataclasses.replace(launch, keywords={**launch.keywords, **changes})
+        assert sentence in too_much(altered, TARGETS["sm_90a"])[0]
+    altered = dataclasses.replace(launch, grid=(1, 2**16, 1), kernel=cuda.Kernel("sparse_matmul", "nobody", "sm_90a"))
+    grid, kernel = too_much(altered, TARGETS["sm_90a"])
+    assert "a grid of" in grid and kernel == "no nobody in sparse_matmul.sm_90a.ptx"
+
+
+def sparse_call(rows):
+    return next((args, kwargs) for args, kwargs in sparse_weights() if len(args[0]) == rows)
 
 
 def test_an_operator_without_a_grid_has_its_examples(monkeypatch):

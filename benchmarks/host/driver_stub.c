@@ -15,6 +15,7 @@ int cuGetErrorString(int code, const char** text) { return *text = "an error of 
 int cuDevicePrimaryCtxRetain(void** found, int device) { return *found = &context, 0; }
 int cuCtxGetCurrent(void** found) { return *found = context, 0; }
 int cuCtxSetCurrent(void* wanted) { return context = wanted, 0; }
+int cuThreadExchangeStreamCaptureMode(int* mode) { return 0; }
 int cuCtxGetLimit(size_t* value, int limit) { return *value = 0, 0; }
 int cuCtxSetLimit(int limit, size_t value) { return 0; }
 

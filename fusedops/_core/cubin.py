@@ -1,19 +1,24 @@
-"""Compile a Triton kernel for any GPU without having one, and read what the machine code says.
+"""Compile a Triton kernel for any GPU without having one, and read what machine code says, of any compiler.
 
 Triton's package brings ptxas, cuobjdump and nvdisasm; neither a driver nor a CUDA toolkit is needed.
 """
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import json
 import os
 import re
 import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
-from fusedops._core import fingerprint, sass
+from fusedops._core import env, fingerprint, sass
+from fusedops._core.files import write_whole
 
 _WIDE = ("128", "256")  # modifiers of 16-byte and 32-byte accesses
 _EM_CUDA = 190  # e_machine
@@ -111,21 +116,42 @@ def read_all(kernels):
     return [_report(compiled, arch, listed[index]) for index, (compiled, (arch, _)) in enumerate(zip(kernels, codes))]
 
 
+def kept(key, make):
+    """The CubinReport that `make()` gives, from the cache directory where it was made under this key before."""
+    path = env.cache_dir() / "inspect" / f"{key}-{_readers()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # whatever cannot be read is made again
+        return CubinReport.from_dict(json.loads(path.read_text()))
+    found = make()
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs the next process a compilation
+        write_whole(path, json.dumps(found.as_dict()))
+    return found
+
+
+@functools.cache
+def _readers():
+    """A hash of the code that makes a report of machine code."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in (__file__, sass.__file__))).hexdigest()[:16]
+
+
+def read_kernel(content, name, arch, num_warps, shared_bytes):
+    """Read the machine code of one kernel of a cubin that may hold several, with what its launch says of it."""
+    (listed,) = _listed(arch, [_machine_code(content, name)])
+    return _described(content, name, arch, num_warps, shared_bytes, listed)
+
+
 def _report(compiled, arch, listed):
-    name = compiled.metadata.name
-    with _file(compiled.asm["cubin"]) as path:
+    metadata = compiled.metadata
+    return _described(compiled.asm["cubin"], metadata.name, arch, metadata.num_warps, metadata.shared, listed)
+
+
+def _described(content, name, arch, num_warps, shared_bytes, listed):
+    """What is listed, with what cuobjdump says of the kernel's resources."""
+    with _file(content) as path:
         usage = _USAGE.search(_run_tool("cuobjdump", "-res-usage", path).split(f"Function {name}:")[-1])
     if usage is None:
         raise RuntimeError(f"cubin: cuobjdump did not report the resources of {name}")
-    return CubinReport(
-        kernel=name,
-        target=arch,
-        num_warps=compiled.metadata.num_warps,
-        registers=int(usage["registers"]),
-        stack_bytes=int(usage["stack"]),
-        shared_bytes=compiled.metadata.shared,
-        **listed,
-    )
+    registers, stack_bytes = int(usage["registers"]), int(usage["stack"])
+    return CubinReport(name, arch, num_warps, registers, stack_bytes, shared_bytes, **listed)
 
 
 def _listed(arch, codes):
@@ -140,18 +166,19 @@ def _arch(compiled):
     return re.search(r"^\.target\s+(\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
 
 
-def _machine_code(cubin):
-    """The instructions of a cubin, an ELF file with one kernel: the only section whose name begins with .text."""
+def _machine_code(cubin, kernel=""):
+    """The instructions of a kernel of a cubin, an ELF file: of one with a single kernel the only .text section."""
     (start,) = struct.unpack_from("<Q", cubin, 40)
     size, number, names = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, start + index * size) for index in range(number)]
+    wanted = f".text.{kernel}".encode() + b"\0" * bool(kernel)
     texts = [
         cubin[offset : offset + length]
         for name, _, _, _, offset, length in headers
-        if cubin.startswith(b".text.", headers[names][4] + name)
+        if cubin.startswith(wanted, headers[names][4] + name)
     ]
     if len(texts) != 1:
-        raise RuntimeError(f"cubin: machine code must be that of one kernel, got {len(texts)}")
+        raise RuntimeError(f"cubin: machine code must be that of one kernel{kernel and f' {kernel}'}, got {len(texts)}")
     return texts[0]
 
 
@@ -239,10 +266,32 @@ def assemble_for(compiled, target):
     return SimpleNamespace(asm={"ptx": ptx, "cubin": machine_code}, metadata=compiled.metadata)
 
 
-def _run_tool(name, *arguments):
+def assemble(ptx, kernel, arch):
+    """A cubin of one kernel of a PTX file, by `assembler()`. RuntimeError: its own words."""
+    with _file(ptx) as path:
+        _run_tool(_newest_ptxas(), f"--gpu-name={arch}", "--entry", kernel, path, "-o", f"{path}.cubin")
+        return Path(f"{path}.cubin").read_bytes()
+
+
+@functools.cache
+def assembler():
+    """The newest ptxas that Triton brings, in words: it reads the newest PTX."""
+    release = re.search(r"release ([\d.]+)", _run_tool(_newest_ptxas(), "--version"))
+    return f"ptxas {release[1] if release else ''}".strip()
+
+
+def _newest_ptxas():
+    return "ptxas-blackwell" if os.path.exists(_tool("ptxas-blackwell")) else "ptxas"
+
+
+def _tool(name):
     import triton
 
-    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+
+
+def _run_tool(name, *arguments):
+    path = _tool(name)
     try:
         ended = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
     except OSError as error:

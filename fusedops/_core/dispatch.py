@@ -12,7 +12,7 @@ from fusedops._core.device import described, too_old, triton_rejection
 _CPU_ORDER = ("torch", "reference")
 _KERNELS = ("cuda", "triton")
 any_autocast = torch._C._is_any_autocast_enabled
-calls = defaultdict(int)  # by (operator, implementation); counted in place where every microsecond counts
+_calls = {}  # by (operator, implementation): a list of one number, added to where every tenth of a microsecond counts
 _fallbacks = defaultdict(int)
 
 
@@ -22,7 +22,12 @@ class FallbackWarning(UserWarning):
 
 def counters():
     """Calls since the last reset, by (operator, implementation)."""
-    return dict(calls)
+    return {key: number for key, (number,) in _calls.items() if number}
+
+
+def counter(op, implementation):
+    """The list whose one number counts the calls of an operator by an implementation."""
+    return _calls.setdefault((op, implementation), [0])
 
 
 def fallbacks():
@@ -32,7 +37,8 @@ def fallbacks():
 
 def reset_counters():
     """Set both counters to zero; a reason that was warned about is warned about again."""
-    calls.clear()
+    for count in _calls.values():
+        count[0] = 0
     _fallbacks.clear()
 
 
@@ -75,7 +81,7 @@ class Selector:
         if self.leaves_fused_path(implementation, args[0]):
             reason = "; ".join(f"{name}: {why}" for name, why in rejected) or "no fused implementation exists"
             leave_fused_path(self.name, args[0], reason, implementation)
-        calls[self.name, implementation] += 1
+        counter(self.name, implementation)[0] += 1
         if implementation in _CPU_ORDER and any_autocast() and not args[0].is_meta:
             with torch.autocast(args[0].device.type, enabled=False):  # it would round products meant in float32
                 return self._run_function(args, out, implementation)
@@ -160,8 +166,8 @@ class Selector:
             return supports(*args)
 
     def entry(self, implementation):
-        """The function of an implementation, and the key that counts its calls."""
-        return self._load(implementation)[0], (self.name, implementation)
+        """The function of an implementation, and the list that counts its calls."""
+        return self._load(implementation)[0], counter(self.name, implementation)
 
     def _load(self, implementation):
         """(function, supports) of an implementation, imported at its first use."""

@@ -120,6 +120,33 @@ def operator_call(function, *args, **kwargs):
     raise RuntimeError(f"explain: {function.__name__} must call an operator of fusedops, the call ended without one")
 
 
+def derivative_call(function, *args, **kwargs):
+    """The registered Operator that differentiating a public call reaches, and its arguments. The call itself is made.
+
+    Raises:
+        NotImplementedError: the result has no derivative.
+    """
+    args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    args[0].requires_grad_()  # one is enough: a derivative computes all gradients at once
+    with torch.enable_grad():
+        outputs = differentiable(function, function(*args, **kwargs))
+    try:
+        with _StopAtOperator():
+            torch.autograd.backward(outputs, [torch.randn_like(out) for out in outputs])
+    except _Reached as reached:
+        return operators()[reached.name], reached.arguments
+    raise RuntimeError(f"explain: {function.__name__} must call an operator of fusedops when it is differentiated")
+
+
+def differentiable(function, outputs):
+    """Those of a call's results that have a derivative. NotImplementedError: there are none."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = [out for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
+    if not found:
+        raise NotImplementedError(f"{function.__name__}: the result has no derivative")
+    return found
+
+
 def _explanation(op, operator, args, limits):
     backend, rejected = operator.select(args, limits)
     config = source = key = None

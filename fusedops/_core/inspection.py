@@ -4,24 +4,23 @@ The call is made on tensors without memory. Its launches are recorded, not made;
 """
 
 import contextlib
-import functools
-import hashlib
-import json
+import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedops._core import cubin, env, roofline, sass
+from fusedops._core import cubin, cuda, env, roofline, sass
 from fusedops._core.binding import bind
+from fusedops._core.cuda import machine_code
 from fusedops._core.device import TARGETS, described
 from fusedops._core.device import limits as limits_of
 from fusedops._core.diversion import diverted
-from fusedops._core.files import write_whole
+from fusedops._core.explain import differentiable
 from fusedops._core.inspection_table import lines
 from fusedops._core.launch import ALIGNMENT
-from fusedops._core.occupancy import Occupancy, occupancy
+from fusedops._core.numbers import ceil_div
+from fusedops._core.occupancy import WARP, Occupancy, occupancy
 from fusedops._core.register import operators
 from fusedops._core.tuning import forced, observed
 
@@ -47,12 +46,14 @@ class KernelInspection:
         grid: Programs in x, y and z.
         report: What its machine code needs and contains.
         occupancy: What a multiprocessor of the target holds of it.
+        origin: Where the machine code is from.
     """
 
     kernel: str
     grid: tuple
     report: cubin.CubinReport
     occupancy: Occupancy
+    origin: str
 
     @property
     def programs(self):
@@ -69,7 +70,7 @@ class KernelInspection:
         """The same as plain data, for JSON."""
         return {
             "kernel": self.kernel, "grid": list(self.grid), "report": self.report.as_dict(),
-            "main_loop": self.main_loop, "occupancy": self.occupancy.as_dict(),
+            "main_loop": self.main_loop, "occupancy": self.occupancy.as_dict(), "origin": self.origin,
         }  # fmt: skip
 
 
@@ -121,7 +122,8 @@ def inspect(op, /, *args, target=None, backward=False, config=None, **kwargs):
 
     Each launch is compiled for the target and its machine code read: registers, stack, spills, shared memory,
     instructions in all and in an iteration of the main loop, and how many programs a multiprocessor holds. What was
-    compiled once is kept under the cache directory, by a hash of the sources.
+    compiled once is kept under the cache directory, by a hash of the sources. Of CUDA kernels the machine code is read
+    that was shipped; else it is made of the PTX that was, or by nvcc.
 
     Args:
         op: Name of a public operator, such as ``"rms_norm"``.
@@ -138,7 +140,7 @@ def inspect(op, /, *args, target=None, backward=False, config=None, **kwargs):
         ValueError: `op` or `target` is not a known name, the operator refuses the arguments, no kernel is launched, or
             `config` is none that the kernel takes and the device holds.
         NotImplementedError: `backward`, and the operator has no derivative.
-        RuntimeError: triton was imported with TRITON_INTERPRET=1, or cannot compile.
+        RuntimeError: triton was imported with TRITON_INTERPRET=1 and a kernel is Triton's; a kernel cannot be compiled.
     """
     import fusedops
 
@@ -198,11 +200,8 @@ def operator_calls(function, args, kwargs, backward=False):
         outputs = function(*args, **kwargs)
         if backward:
             recorder.calls.clear()
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            differentiable = [out for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
-            if not differentiable:
-                raise NotImplementedError(f"{function.__name__}: the result has no derivative")
-            torch.autograd.backward(differentiable, [torch.empty_like(out) for out in differentiable])
+            outputs = differentiable(function, outputs)
+            torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
     registry = operators()
     return [(registry.get(name) or registry[name.removesuffix("_out")], found) for name, found in recorder.calls]
 
@@ -222,22 +221,19 @@ def _without_memory(arg):
 _KINDS = {"cuda": "CUDA", "triton": "Triton"}
 
 
-def record(operator, args, device_limits, kinds=("triton",)):
+def record(operator, args, device_limits):
     """The launches that an operator makes on a device.
 
     Raises:
-        ValueError: another implementation than these kinds of kernels runs there; the message has the reasons.
+        ValueError: another implementation than kernels of ours runs there; the message has the reasons.
     """
-    implementation, rejected = operator.select(args, device_limits)
-    if implementation == "emulate":
-        with described(device_limits):
-            implementation = operator.kernel_kind(args)
-    if implementation not in kinds:
+    implementation, rejected = _implementation(operator, args, device_limits)
+    if implementation not in _KINDS:
         reasons = "; ".join(f"{name}: {why}" for name, why in rejected) or f"FUSEDOPS_BACKEND={env.backend()}"
+        kinds = " or ".join(_KINDS[name] for name in operator.implementations if name in _KINDS) or "own"
         raise ValueError(
-            f"inspect: {operator.name} must run on its {' or '.join(map(_KINDS.get, kinds))} kernels, "
-            f"on {device_limits.name} it runs on {implementation} "
-            f"({reasons})"
+            f"inspect: {operator.name} must run on its {kinds} kernels, on {device_limits.name} it runs on "
+            f"{implementation} ({reasons})"
         )
     launches = []
 
@@ -250,9 +246,18 @@ def record(operator, args, device_limits, kinds=("triton",)):
     return launches
 
 
+def _implementation(operator, args, device_limits):
+    """(what runs a call on a device, why not what is tried before it); of the emulator the kind of its kernels."""
+    implementation, rejected = operator.select(args, device_limits)
+    if implementation == "emulate":
+        with described(device_limits):
+            implementation = operator.kernel_kind(args)
+    return implementation, rejected
+
+
 def config_of(operator, args, device_limits):
     """An operator's name and the configuration of a call as text."""
-    describe = getattr(operator.module("triton"), "config", None)
+    describe = getattr(operator.module(_implementation(operator, args, device_limits)[0]), "config", None)
     if describe is None or operator.example is None:  # of a derivative the launcher alone knows it
         return operator.name
     return f"{operator.name} {describe(operator.name, device_limits, *args)}"
@@ -286,31 +291,19 @@ def _as_text(values):
 
 
 def _inspected(launch, device_limits):
-    binding = bind(launch.kernel, device_limits.arch, launch.arguments, launch.keywords)
-    grid = launch.grid(binding.values) if callable(launch.grid) else launch.grid
-    found = report_of(binding)
+    grid = launch.grid
+    if isinstance(launch.kernel, cuda.Kernel):
+        num_warps = ceil_div(math.prod(launch.keywords["block"]), WARP)
+        found, origin = machine_code.report_of(launch.kernel, num_warps, launch.keywords["shared"])
+    else:
+        binding = bind(launch.kernel, device_limits.arch, launch.arguments, launch.keywords)
+        grid = grid(binding.values) if callable(grid) else grid
+        found = cubin.kept(binding.key(), lambda: cubin.read(cubin.compile_bound(binding)))
+        origin = "compiled by Triton"
     held = occupancy(device_limits.capability, found.num_warps, found.registers, found.shared_bytes)
-    return KernelInspection(binding.name, (*grid, 1, 1)[:3], found, held)
+    return KernelInspection(found.kernel, (*grid, 1, 1)[:3], found, held, origin)
 
 
 def main_kernel(kernels):
     """Of launches the one that multiplies tiles most often, then has most programs; of equals the first."""
     return max(kernels, key=lambda kernel: (sum(sass.matrix(kernel.report.instructions).values()), kernel.programs))
-
-
-def report_of(binding):
-    """The CubinReport of a bound kernel, from the cache directory where nothing has changed that it follows from."""
-    path = env.cache_dir() / "inspect" / f"{binding.key()}-{_readers()}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # whatever cannot be read is made again
-        return cubin.CubinReport.from_dict(json.loads(path.read_text()))
-    found = cubin.read(cubin.compile_bound(binding))
-    with contextlib.suppress(OSError):  # a folder that cannot be written costs the next process a compilation
-        write_whole(path, json.dumps(found.as_dict()))
-    return found
-
-
-@functools.cache
-def _readers():
-    """A hash of the code that makes a report of machine code."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (cubin, sass))
-    return hashlib.sha256(sources).hexdigest()[:16]

@@ -69,6 +69,7 @@ def _kernel(kernel, head):
     limits = ", ".join(f"{count} by {resource}" for resource, count in held.limits.items())
     rows = [
         ("kernel", name),
+        ("machine code", kernel.origin),
         ("grid", " x ".join(map(str, kernel.grid))),
         ("warps", report.num_warps),
         ("registers", report.registers),

@@ -46,12 +46,13 @@ class Launch:
 
     Attributes:
         compiled: Triton's own object.
-        call, head, spread: The C function behind it; what it wants between the stream and the kernel's arguments; and
-            whether these stand one by one. `call` is None for a release of Triton that is not known.
+        call, head, spread, passed: The C function behind it; what it wants between the stream and the kernel's
+            arguments; whether these stand one by one; and the places of those that it is given, None for all. `call` is
+            None for a release of Triton that is not known.
         device_index: The device whose current stream it is launched on.
     """
 
-    __slots__ = ("call", "compiled", "device_index", "head", "hooks", "spread")
+    __slots__ = ("call", "compiled", "device_index", "head", "hooks", "passed", "spread")
 
     def __init__(self, compiled, device_index):
         from triton import knobs  # known to be there: it has compiled a kernel
@@ -59,7 +60,7 @@ class Launch:
         self.compiled = compiled
         self.device_index = 0 if device_index is None else device_index
         self.hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        self.call, self.head, self.spread = _c_function(compiled)
+        self.call, self.head, self.spread, self.passed = _c_function(compiled)
 
     def __call__(self, grid, tensors, fixed):
         """Launch on a grid, with tensors (or None) and the values behind them."""
@@ -68,6 +69,8 @@ class Launch:
             return
         # addresses, since of a tensor the C function asks its address by its name, and the driver where that lies
         args = (*[0 if t is None else t.data_ptr() for t in tensors], *fixed)
+        if self.passed is not None:
+            args = tuple([args[i] for i in self.passed])
         stream = current_stream(self.device_index)
         if self.spread:
             self.call(*grid, stream, *self.head, *args)
@@ -85,15 +88,32 @@ def current_stream(device_index):
 
 
 def _c_function(compiled):
-    """(function, what stands between stream and arguments, whether these stand one by one); None where not known."""
+    """(function, what stands between stream and arguments, whether these stand one by one, which of them are passed).
+
+    (None, (), False, None) where they are not known.
+    """
     run = getattr(compiled, "run", None)
     known = ("launch", "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
     if not all(hasattr(run, name) for name in known) or run.global_scratch_size or run.profile_scratch_size:
-        return None, (), False
+        return None, (), False, None
     start = compiled.function, run.launch_cooperative_grid, run.launch_pdl
     nothing = (None, None, None)  # metadata of this launch, and the hooks that would be given it
     scratch = (None, None)
     if hasattr(run, "kernel_signature"):
-        head = *start, compiled.packed_metadata, *nothing, *scratch, run.arg_annotations, run.kernel_signature
-        return run.launch, head, False
-    return run.launch, (*start, *scratch, compiled.packed_metadata, *nothing), True
+        passed, annotations = _at_run_time(compiled, run.arg_annotations)
+        head = *start, compiled.packed_metadata, *nothing, *scratch, annotations, run.kernel_signature
+        return run.launch, head, False, passed
+    return run.launch, (*start, *scratch, compiled.packed_metadata, *nothing), True, None
+
+
+def _at_run_time(compiled, annotations):
+    """Places and annotations of the arguments that the machine code has; all where an argument is made of several.
+
+    The C function would look at the others, which are constants, and leave them out.
+    """
+    kinds = list(compiled.src.signature.values())
+    is_plain = all(isinstance(kind, str) and not kind.startswith("tensordesc") for kind in kinds)
+    if not is_plain or len(kinds) != len(annotations):
+        return None, annotations
+    passed = [place for place, kind in enumerate(kinds) if kind != "constexpr"]
+    return passed, [annotations[place] for place in passed]

@@ -1,4 +1,4 @@
-"""How kernels address the scales of a quantised cache of keys and values."""
+"""How kernels address scales: of rows of a product, and of a quantised cache of keys and values."""
 
 
 def scale_kind(scale):
@@ -11,3 +11,8 @@ def scale_strides(scale):
     if scale is None:
         return 0, 0, 0
     return scale.stride() if scale.dim() == 3 else (0, 0, scale.stride(0) if scale.numel() > 1 else 0)
+
+
+def row_kind(scale):
+    """ "none", "one" for all rows, "row" for one each."""
+    return "none" if scale is None else "row" if scale.numel() > 1 else "one"

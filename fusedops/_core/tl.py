@@ -293,3 +293,16 @@ def close_rows(acc, m, l_i, sink, HAS_SINKS: tl.constexpr, NATURAL: tl.constexpr
     divisor = tl.where(empty, 1.0, l_i)
     out = tl.where(empty[:, None], 0.0, acc / divisor[:, None])
     return out, tl.where(empty, float("-inf"), m * to_natural + tl.log(divisor))
+
+
+@triton.jit
+def settled(acc):
+    """float32 sums as they are, by an instruction that the compiler does not look through.
+
+    Where a product's first operand is in registers and its sums go straight into the next one, Triton 3.7 lets the last
+    products of a step run on while the next step writes those registers, which PTX forbids. Sums that something reads
+    are waited for.
+    """
+    if not _is_interpreted():
+        acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, True, 1)
+    return acc

@@ -16,6 +16,8 @@ from fusedops.cli.console import CommandError, Console, check_output, first_line
 
 FOLDER = Path(fusedops.__file__).resolve().parent.parent / "benchmarks"
 NOISE = 0.03  # of the time: what clocks and neighbours move it by from run to run
+NEEDED = ("seconds", "low", "high", "environment")  # of a row, beside what names it
+MATTERS = ("driver", "torch", "triton", "threads", "quick")  # to times, of what an environment says
 
 
 def add_arguments(parser):
@@ -73,11 +75,16 @@ def compare_files(files):
     if len(files) != 2:
         raise CommandError(f"compare must have two files, got {len(files)}")
     before, after = map(read_rows, files)
+    devices = valued("device", before, after)
+    if len(devices) > 1:
+        raise CommandError(f"compare must have rows of one device, got {' and '.join(devices)}")
+    if not before.keys() & after.keys():
+        raise CommandError(f"compare must have files with a row in common, {files[0]} and {files[1]} have none")
     moved, slower = movements(before, after)
     console = Console()
-    devices = {row["environment"]["device"] for row in (*before.values(), *after.values())}
-    if len(devices) > 1:
-        console.line(f"Different devices, whose times say nothing about the code: {', '.join(sorted(devices))}")
+    for name in MATTERS:
+        if len(values := valued(name, before, after)) > 1:
+            console.line(f"Not alike: {name} {' and '.join(values)}")
     if moved:
         header = ("", "shape", "dtype", "timed", "before us", "after us", "change")
         console.table("Beyond noise", header, moved)
@@ -89,10 +96,17 @@ def compare_files(files):
     return int(slower > 0)
 
 
+def valued(name, *files):
+    """What the environments of files of rows say of a name, as sorted text."""
+    return sorted({str(row["environment"].get(name)) for rows in files for row in rows.values()})
+
+
 def read_rows(path):
     """Rows of a file by operator, shape, dtype and way of timing."""
     try:
         rows = json.loads(Path(path).read_text())
+        if missing := [name for name in NEEDED for row in rows if name not in row]:
+            raise ValueError(f"a row without {missing[0]}")
         return {(row["op"], row["shape"], row["dtype"], row["timed"]): row for row in rows}
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror}") from error

@@ -4,6 +4,8 @@ With ``--sparsify`` and ``--quantize`` the model that answers is pruned and quan
 that of the others.
 """
 
+import argparse
+
 from fusedops.cli import models, quantized, setting
 from fusedops.cli.console import Console, check_output, write_json
 
@@ -38,6 +40,11 @@ def add_arguments(parser):
         help="quantise the linear layers too; --dtype auto is then bfloat16, with the float32 model as a comparison",
     )
     parser.add_argument(
+        "--output-head", action=argparse.BooleanOptionalAction,
+        help="with --quantize: the output head too, and the embedding that shares its weight "
+        f"(by default with {', '.join(quantized.WITH_HEAD)}, whose perplexity stays within 0.5 %% of float32's)",
+    )  # fmt: skip
+    parser.add_argument(
         "--sparsify", nargs="?", const=quantized.METHODS[0], choices=quantized.METHODS, metavar="METHOD",
         help="keep 2 of every 4 weights of the MLPs, by wanda (default, calibrated on Python's reference) or "
         "magnitude; --dtype auto as with --quantize, int8 and fp8 of which go with it",
@@ -68,7 +75,7 @@ def run(args):
     result = {"model": loaded.name, "prompt": args.prompt, **environment}
     result["replaced"] = dict(handle.report.counts)
     if name:
-        shown[name], handle, result[name] = quantized.twin(loaded, args.sparsify, args.quantize, console)
+        shown[name], handle, result[name] = quantized.twin(loaded, args, console)
         handles.append(handle)
     result["answer"], answer_tokens = _answer(loaded, list(shown.values())[-1], inputs, args, console)
     status = 0

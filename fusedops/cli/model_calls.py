@@ -7,7 +7,7 @@ from pathlib import Path
 from fusedops.cli.console import CommandError
 
 PAGE_SIZE = 16
-SCHEMES = ("none", "int8", "fp8", "int8-weight-only", "int4-weight-only")
+SCHEMES = ("none", "int8", "fp8", "int8-weight-only", "int4-weight-only", "2:4")
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,7 @@ def calls(shapes, dtype, device, *, batches, prompt, scheme="none"):
     def randn(*size):
         return torch.randn(size, device=device).to(dtype)
 
-    x, weight = randn(prompt, shapes.hidden), randn(shapes.hidden)
-    yield f"{shapes.hidden} wide", "rms_norm", (x, weight), {}
-    yield f"{shapes.hidden} wide", "add_rms_norm", (x, randn(prompt, shapes.hidden), weight), {}
-    q = randn(1, prompt, shapes.heads, shapes.head_dim)
-    k, v = (randn(1, prompt, shapes.kv_heads, shapes.head_dim) for _ in "kv")
-    yield f"{prompt} tokens", "attention", (q, k, v), {"causal": True}
+    yield from differentiated(shapes, dtype, device, prompt=prompt)
     for batch in batches:
         yield f"{batch} x {prompt} tokens", "paged_attention", _paged(shapes, randn, device, batch, prompt), {}
     if scheme != "none":
@@ -85,6 +80,25 @@ def calls(shapes, dtype, device, *, batches, prompt, scheme="none"):
             for rows in (*batches, prompt):
                 op, args, kwargs = _product(scheme, randn(rows, depth), randn(columns, depth), dtype)
                 yield f"{rows} x {columns} x {depth}", op, args, kwargs
+
+
+def differentiated(shapes, dtype, device, *, prompt):
+    """Those calls of a prompt that training differentiates."""
+    import torch
+
+    def randn(*size):
+        return torch.randn(size, device=device).to(dtype)
+
+    x, weight = randn(prompt, shapes.hidden), randn(shapes.hidden)
+    yield f"{shapes.hidden} wide", "rms_norm", (x, weight), {}
+    yield f"{shapes.hidden} wide", "add_rms_norm", (x, randn(prompt, shapes.hidden), weight), {}
+    q = randn(1, prompt, shapes.heads, shapes.head_dim)
+    k, v = (randn(1, prompt, shapes.kv_heads, shapes.head_dim) for _ in "kv")
+    yield f"{prompt} tokens", "rotary", (q, k, *(randn(1, prompt, shapes.head_dim) for _ in ("cos", "sin"))), {}
+    yield f"{prompt} tokens", "attention", (q, k, v), {"causal": True}
+    gate = "gelu_mul" if "gelu" in shapes.activation else "silu_mul"
+    options = {"approximate": "tanh"} if "tanh" in shapes.activation else {}
+    yield f"{shapes.intermediate} wide", gate, tuple(randn(prompt, shapes.intermediate) for _ in "ab"), options
 
 
 def _paged(shapes, randn, device, batch, length):
@@ -105,6 +119,8 @@ def _product(scheme, x, weight, dtype):
         quantize = fusedops.quantize_int8 if scheme == "int8" else fusedops.quantize_fp8
         (a, scale_a), (b, scale_b) = quantize(x), quantize(weight)
         return f"{scheme}_matmul", (a, b, scale_a, scale_b), {"out_dtype": dtype}
+    if scheme == "2:4":
+        return "sparse_matmul", (x, *fusedops.compress_24(fusedops.prune_24(weight))), {}
     if scheme == "int8-weight-only":
         return "weight_only_matmul", (x, *fusedops.quantize_int8(weight)), {}
     values, scale, zero = fusedops.quantize_int4(weight, group_size=32)

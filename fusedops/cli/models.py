@@ -25,7 +25,7 @@ class LoadedModel:
 
     name: str
     model: Any
-    tokenizer: Any
+    tokenizer: Any  # None where a config.json alone was given
 
 
 def require_transformers():
@@ -128,6 +128,23 @@ def load(source, device, dtype, console):
         except Exception as error:  # transformers raises many types for a directory or id that is no model
             raise CommandError(f"cannot load a language model from {place}: {first_line(error)}") from error
         return LoadedModel(name, model.to(device).eval(), tokenizer)
+
+
+def of_config(path, device, dtype, console, seed):
+    """A model of the shape that a config.json tells, with random weights and no tokenizer."""
+    import torch
+
+    transformers = require_transformers()
+    name = f"{Path(path).stem} (random weights)"
+    with console.step(f"Making {name}"):
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+            torch.manual_seed(seed)
+            with torch.device(device):
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except Exception as error:  # as in `load`
+            raise CommandError(f"cannot make a language model from {path}: {first_line(error)}") from error
+        return LoadedModel(name, model.to(device).eval(), None)
 
 
 def _checked(source):

@@ -6,6 +6,7 @@ from fusedops.cli.ways import CALIBRATION_WINDOWS, MLP
 
 SCHEMES = ("int8-weight-only", "fp8-weight-only", "int4-weight-only", "int8", "fp8")
 OF_SPARSE = ("int8", "fp8")  # the schemes that take 2:4 sparse layers
+WITH_HEAD = ("int8-weight-only",)  # what takes the output head too, unless it is told not to
 METHODS = ("wanda", "magnitude")
 MIB = 2**20
 BFLOAT16_BYTES = 2
@@ -20,21 +21,25 @@ def name_of(args):
     """
     if args.sparsify and args.quantize and args.quantize not in OF_SPARSE:
         raise CommandError(f"--sparsify goes with --quantize {' or '.join(OF_SPARSE)}, got {args.quantize}")
+    if args.output_head is not None and not args.quantize:
+        raise CommandError("--output-head and --no-output-head go with --quantize, got none")
     return "sparse" if args.sparsify else "quantized" if args.quantize else None
 
 
-def twin(loaded, method, scheme, console):
+def twin(loaded, args, console):
     """A pruned, quantised and patched model of the same weights, the patch's handle, and what its layers hold.
 
     Args:
         loaded: The LoadedModel.
-        method: Of `fusedops.sparsify_`, on the MLPs; None prunes nothing.
-        scheme: Of `fusedops.quantize_`; None quantises nothing.
+        args: Of the command: ``sparsify`` is a method of `fusedops.sparsify_`, for the MLPs, ``quantize`` a scheme of
+            `fusedops.quantize_`, each or None; ``output_head`` its argument, or None for what the scheme has.
         console: Is told what happens.
     """
     import fusedops
     from fusedops.cli import measure
 
+    method, scheme = args.sparsify, args.quantize
+    with_head = scheme in WITH_HEAD if args.output_head is None else args.output_head
     made = measure.twin(loaded.model)
     calibration = _calibration(loaded) if method == "wanda" else None
     try:
@@ -45,7 +50,7 @@ def twin(loaded, method, scheme, console):
             console.line(str(report))
         if scheme:
             with console.step(f"Quantising to {scheme}") as show:
-                report = fusedops.quantize_(made, scheme, progress=_progress(show)).report
+                report = fusedops.quantize_(made, scheme, output_head=with_head, progress=_progress(show)).report
             console.line(str(report))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise CommandError(f"this model cannot be converted: {first_line(error)}") from error

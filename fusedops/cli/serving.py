@@ -1,5 +1,6 @@
 """Serve requests in several ways, in this process, and note when each token came and what the KV cache held."""
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from fusedops._core import dispatch
 from fusedops.cli import measure
 from fusedops.cli.console import CommandError, first_line
 
+COMPILE = {}  # other than what transformers gives torch.compile
 NO_END = -1  # no token ends an answer: every request gets exactly as many tokens as it wants
 
 
@@ -22,11 +24,13 @@ class Settings:
         page_size: Tokens on a page.
         batch_tokens: The most tokens that one step of continuous batching computes.
         pad_token: Fills the places before a prompt in a padded batch.
+        longest: Tokens of the longest request of all rounds, which a static cache has room for.
     """
 
     page_size: int
     batch_tokens: int
     pad_token: int
+    longest: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to serve: `serve(model, requests, settings)` returns a `Run`; `patched` models are ours."""
+    """A way to serve: `serve(model, requests, settings)` returns a `Run`; `patched` models are ours.
+
+    `quantized` ones compute with quantised weights, too, whose tokens need not be the others'.
+    """
 
     label: str
     patched: bool
     serve: Callable
+    quantized: bool = False
 
 
-def generation_config(settings, new_tokens):
+def generation_config(settings, new_tokens, **more):
     """Greedy, to a fixed length, with nothing of the model's own that changes logits."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        eos_token_id=NO_END, pad_token_id=settings.pad_token, use_cache=True,
+        eos_token_id=NO_END, pad_token_id=settings.pad_token, use_cache=True, **more,
     )  # fmt: skip
 
 
@@ -129,6 +137,27 @@ def one_by_one(model, requests, settings):
     return _in_batches(model, requests, settings, lambda waiting, now: 1)
 
 
+def compiled(model, requests, settings):
+    """As `one_by_one`, each step of decoding by torch.compile, with keys and values in tensors as long as the longest.
+
+    The cache is made once, so that nothing is compiled for a second length.
+    """
+    from transformers import CompileConfig, StaticCache
+
+    compiling = CompileConfig(**COMPILE)
+    compiling._compile_all_devices = True  # transformers leaves CPUs out
+    longest = max(len(request.prompt) + request.new_tokens for request in requests)
+    cache = StaticCache(config=model.config, max_cache_len=max(longest, settings.longest))
+    clock, served, kv = Clock(), [], []
+    for request in requests:
+        clock.wait_until(request.arrival)
+        cache.reset()
+        more = {"compile_config": compiling}
+        served += _generate(model, [request], settings, clock, None, config=more, past_key_values=cache)
+        kv += [_tensors_sample(cache, [len(request.prompt) + step]) for step in range(request.new_tokens)]
+    return Run(served, kv)
+
+
 def padded(model, requests, settings):
     """``generate`` for all requests that have arrived, padded on the left to the longest, until its last one ends."""
     return _in_batches(model, requests, settings, _arrived)
@@ -167,8 +196,11 @@ def _in_batches(model, requests, settings, how_many, make_cache=None):
     return Run(served, kv)
 
 
-def _generate(model, batch, settings, clock, kv, **cache):
-    """Generate for one batch; a row whose request has all its tokens goes on until the last one has."""
+def _generate(model, batch, settings, clock, kv, config=None, **cache):
+    """Generate for one batch; a row whose request has all its tokens goes on until the last one has.
+
+    `kv` gets a sample for each step; None watches no step, which would be in the way of a compiler.
+    """
     longest = max(len(request.prompt) for request in batch)
     ids = torch.full((len(batch), longest), settings.pad_token)
     mask = torch.zeros_like(ids)
@@ -177,18 +209,22 @@ def _generate(model, batch, settings, clock, kv, **cache):
         mask[row, longest - len(request.prompt) :] = 1
     streamer = BatchStreamer(clock)
     steps = []
-    watch = model.register_forward_hook(lambda module, args, out: steps.append(_batch_sample(out, batch, len(steps))))
-    try:
+    most = max(request.new_tokens for request in batch)
+    with contextlib.ExitStack() as stack:
+        if kv is not None:
+            watch = model.register_forward_hook(
+                lambda module, args, out: steps.append(_batch_sample(out, batch, len(steps)))
+            )
+            stack.callback(watch.remove)
         model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=generation_config(settings, max(request.new_tokens for request in batch)),
+            generation_config=generation_config(settings, most, **(config or {})),
             streamer=streamer,
             **cache,
         )
-    finally:
-        watch.remove()
-    kv += [sample for sample in steps if sample is not None]
+    if kv is not None:
+        kv += [sample for sample in steps if sample is not None]
     rows = zip(*streamer.steps, strict=True)
     return [
         Served(tuple(row[: request.new_tokens]), tuple(streamer.times[: request.new_tokens]))
@@ -206,6 +242,11 @@ def _batch_sample(output, batch, step):
     if hasattr(cache, "pages"):
         stats = cache.pages.stats()
         return KvSample(stats.bytes_used, sum(lengths) * stats.bytes_used // (stats.pages_used * cache.pages.page_size))
+    return _tensors_sample(cache, lengths)
+
+
+def _tensors_sample(cache, lengths):
+    """What tensors hold of as many tokens in each row that is still being answered; None for other caches."""
     held = used = 0
     for layer in getattr(cache, "layers", ()):
         tensors = [getattr(layer, name, None) for name in ("keys", "values")]
@@ -329,6 +370,9 @@ def timed(way, model, handle, requests, settings):
 
 WAYS = {
     "one-by-one": Way("one by one", False, one_by_one),
+    "compiled": Way("compiled, static cache", False, compiled),
+    "fusedops": Way("fusedops one by one", True, one_by_one),
+    "fusedops-quantized": Way("fusedops", True, one_by_one, quantized=True),  # the scheme follows
     "padded": Way("padded batch", False, padded),
     "transformers-paged": Way("transformers paged", False, continuous),
     "fusedops-padded": Way("fusedops padded", True, padded),

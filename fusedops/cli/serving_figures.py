@@ -31,12 +31,13 @@ def seconds(served):
 
 
 def kv_figures(samples):
-    """Bytes held over bytes used, both summed over the steps, and the most bytes held; None without samples."""
+    """Bytes held over bytes used, both summed over the steps, the most held, those used in a median step, if any."""
     if not samples:
-        return {"held_over_used": None, "peak_held_bytes": None}
+        return {"held_over_used": None, "peak_held_bytes": None, "median_used_bytes": None}
     return {
         "held_over_used": sum(sample.held for sample in samples) / sum(sample.used for sample in samples),
         "peak_held_bytes": max(sample.held for sample in samples),
+        "median_used_bytes": statistics.median(sample.used for sample in samples),
     }
 
 
@@ -108,3 +109,14 @@ def first_mismatch(runs, reference):
             got = [tokens[place] if place < len(tokens) else "nothing" for tokens in (answer.tokens, right.tokens)]
             first = first or f"{where}, token {place}: {got[0]} instead of {got[1]}"
     return (first, differing) if differing else None
+
+
+def leading_equal(runs, reference):
+    """The share of tokens before the first that differs from the reference's, over all requests and rounds."""
+    equal = tokens = 0
+    for run in runs:
+        for answer, right in zip(run.served, reference.served, strict=True):
+            place = measure.first_difference(right.tokens, answer.tokens)
+            equal += len(right.tokens) if place is None else place
+            tokens += len(right.tokens)
+    return equal / tokens

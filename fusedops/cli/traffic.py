@@ -10,6 +10,7 @@ from fusedops.cli.console import CommandError
 WARM_UP_REQUESTS = 2
 WARM_UP_PROMPT = 16
 WARM_UP_TOKENS = 3
+DRAWN_TOKENS = 2**17
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ def warm_up(requests):
         Request(request.prompt[:WARM_UP_PROMPT], min(request.new_tokens, WARM_UP_TOKENS))
         for request in requests[:WARM_UP_REQUESTS]
     ]
+
+
+def drawn_tokens(vocabulary, seed):
+    """Token ids drawn by chance, for a model that has no tokenizer."""
+    return random.Random(seed).choices(range(vocabulary), k=DRAWN_TOKENS)
 
 
 def text_tokens(tokenizer):

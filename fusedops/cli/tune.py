@@ -1,6 +1,5 @@
 """Measure the configurations of an operator, or of all that a model needs, and keep the fastest right ones."""
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -28,7 +27,10 @@ def add_arguments(parser):
     parser.add_argument(
         "--batches", type=_sizes, default=(1, 16, 64), metavar="1,16,64", help="with --model: of decoding"
     )
-    parser.add_argument("--prompt", type=_size, default=2048, help="with --model: tokens of a prompt; default: 2048")
+    parser.add_argument(
+        "--prompt", type=setting.positive, default=2048, help="with --model: tokens of a prompt; default: 2048"
+    )
+    parser.add_argument("--backward", action="store_true", help="the kernels of the gradients instead")
     parser.add_argument(
         "--seconds", type=setting.positive_number, default=600.0, help="for everything together; default: 600"
     )
@@ -36,14 +38,8 @@ def add_arguments(parser):
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _size(text):
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return int(text)
-
-
 def _sizes(text):
-    return tuple(_size(part) for part in text.split(","))
+    return tuple(setting.positive(part) for part in text.split(","))
 
 
 def run(args):
@@ -70,7 +66,8 @@ def run(args):
             with console.step(f"{op} {what}") as show:
                 left = max(deadline - time.monotonic(), 0.0)
                 options = Options(seconds=left, force=args.force, progress=_shown_by(show))
-                reports.append((what, fusedops.tune(op, *positional, tuning=options, **named)))
+                report = fusedops.tune(op, *positional, tuning=options, backward=args.backward, **named)
+                reports.append((what, report))
             console.line(f"  {reports[-1][1]}".replace("\n", "\n  "))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise CommandError(first_line(error)) from error
@@ -125,6 +122,8 @@ def _calls(args, device):
         positional, named = example_call(args.op, args.shape, dtype, device)
         return [("x".join(map(str, args.shape)), args.op, positional, named)]
     shapes = model_calls.read_shapes(args.model)
+    if args.backward:
+        return model_calls.differentiated(shapes, dtype, device, prompt=args.prompt)
     return model_calls.calls(
         shapes, dtype, device, batches=args.batches, prompt=args.prompt, scheme=args.scheme
     )  # fmt: skip

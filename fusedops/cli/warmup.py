@@ -3,21 +3,26 @@
 import contextlib
 import sys
 
+from fusedops.cli import setting
 from fusedops.cli.console import CommandError, Console, check_output, first_line, write_json
 from fusedops.cli.explain import DTYPES
 from fusedops.cli.quantized import SCHEMES
-from fusedops.cli.tune import _size
 
 
 def add_arguments(parser):
     """Declare the command's arguments."""
     parser.add_argument("--model", required=True, metavar="DIR|config.json", help="of the model; no weights are needed")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--max-batch", type=_size, default=8, help="rows of a batch; default: 8")
-    parser.add_argument("--max-seqlen", type=_size, default=4096, help="tokens of a row; default: 4096")
+    parser.add_argument("--max-batch", type=setting.positive, default=8, help="rows of a batch; default: 8")
+    parser.add_argument("--max-seqlen", type=setting.positive, default=4096, help="tokens of a row; default: 4096")
     parser.add_argument("--target", metavar="sm_90a", help="default: the GPU at hand, without one sm_90a")
     parser.add_argument("--quantize", choices=SCHEMES, metavar="SCHEME", help=f"its linears: {', '.join(SCHEMES)}")
-    parser.add_argument("--jobs", type=_size, help="processes; default: one for each processor")
+    parser.add_argument("--sparsity", choices=("2:4",), help="its linears are pruned; with --quantize int8 or fp8 too")
+    parser.add_argument(
+        "--page-size", type=setting.positive, default=16, help="tokens of a page of PagedCache; default: 16"
+    )
+    parser.add_argument("--gradients", action="store_true", help="also what training launches")
+    parser.add_argument("--jobs", type=setting.positive, help="processes; default: one for each processor")
     parser.add_argument("--json", metavar="FILE", help="write what was done")
 
 
@@ -32,7 +37,8 @@ def run(args):
         with _progress() as progress:
             done = fusedops.warmup(
                 args.model, dtype=getattr(torch, args.dtype), max_batch=args.max_batch, max_seqlen=args.max_seqlen,
-                target=args.target, scheme=args.quantize, jobs=args.jobs, progress=progress,
+                target=args.target, scheme=args.quantize, sparsity=args.sparsity, page_size=args.page_size,
+                gradients=args.gradients, jobs=args.jobs, progress=progress,
             )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
         raise CommandError(first_line(error).removeprefix("warmup: ").removeprefix("inspect: ")) from error

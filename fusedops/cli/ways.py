@@ -60,6 +60,9 @@ WAYS = {
     "float32": Way("float32"),
     "bfloat16": Way("bfloat16"),
     "int8-weight-only": Way("int8 weight-only", "int8-weight-only", goal=0.005),
+    "int8-weight-only-head": Way(
+        "int8 weight-only, output head too", "int8-weight-only", {"output_head": True}, goal=0.005
+    ),
     "int8": Way("int8 W8A8", "int8"),
     "int8-smoothquant": Way("int8 W8A8, SmoothQuant", "int8", calibrated=True, goal=0.025, below="int8"),
     "fp8-weight-only": Way("fp8 weight-only", "fp8-weight-only", goal=0.025),

@@ -9,6 +9,8 @@ from fusedops.convert.handle import Changed, QuantizedModel, SparsifiedModel, Sw
 from fusedops.convert.norms import Norm
 from fusedops.convert.report import Report, Row
 from fusedops.convert.schemes import num_bytes, plain_weight, stored_tensors
+from fusedops.convert.select import module_places
+from fusedops.nn import QuantizedEmbedding
 
 # parameters that linears with one weight have in common
 SHARED = {"weight", "weight_scale", "weight_zero", "metadata"}
@@ -33,7 +35,7 @@ def convert_all(model, scheme, selection, *, found=None, static=False, pruning=N
     """
     before = model_bytes(model)
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
-    work = _Conversion(scheme, found, static, pruning, step)
+    work = _Conversion(scheme, found, static, pruning, step, module_places(model))
     swaps = replace_all(work.conversions(selection.targets), work.changed)
     rows = sorted(selection.rows + work.rows, key=lambda row: order[row.path])
     smoothing = [] if found is None else [fold.row("folded") for fold in found.folds] + found.rows
@@ -51,11 +53,12 @@ class _Conversion:
         rows: A Row for each linear that is done.
     """
 
-    def __init__(self, scheme, found, static, pruning, step):
+    def __init__(self, scheme, found, static, pruning, step, places):
         self.changed = Changed()
         self.rows = []
         self._scheme, self._found, self._static, self._pruning, self._step = scheme, found, static, pruning, step
         self._columns, self._divisors = {}, {}
+        self._places = places
         self._made = {}
 
     def conversions(self, targets):
@@ -66,8 +69,20 @@ class _Conversion:
             new = self._convert(target)
             self._made[target] = new
             yield Swap(target.path, target.places, target.linear, new)
+            for path, embedding in target.embeddings.items():
+                yield self._shared(path, embedding, new)
             if self._step is not None:
                 self._step()
+
+    def _shared(self, path, embedding, linear):
+        """The Swap of an embedding that looks up the codes of a linear, whose row has the weight's bytes."""
+        error = self.rows[-1].error
+        shape = tuple(embedding.weight.shape)
+        self.rows.append(
+            Row(path, type(embedding).__name__, shape, self._scheme.status, self._scheme.name, error=error)
+        )
+        new = QuantizedEmbedding.sharing(linear, embedding)
+        return Swap(path, self._places[id(embedding)], embedding, new)
 
     def _move_factors(self, fold):
         """Divide a norm by its factors, or note them for the rows of a linear; and for the consumers' columns."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from fusedops._core.modules import foreign_attribute
 from fusedops.convert.schemes import stored_tensors
-from fusedops.nn import QuantizedLinear
+from fusedops.nn import QuantizedEmbedding, QuantizedLinear
 
 
 @dataclass(eq=False)
@@ -107,7 +107,7 @@ class ConvertedModel:
         self._swaps = []
 
     def dequantize(self, dtype=None):
-        """Put plain `torch.nn.Linear` modules in place of the converted ones, with the weights those stand for.
+        """Put plain modules of torch in place of the converted ones, with the weights those stand for.
 
         Args:
             dtype: Of the weights; None is that of the module.
@@ -118,16 +118,17 @@ class ConvertedModel:
         check_in_place("dequantize", self._swaps, self.DONE)
         plain = {}
         for swap in self._swaps:
-            if not isinstance(swap.new, QuantizedLinear):
+            if not isinstance(swap.new, QuantizedLinear | QuantizedEmbedding):
                 continue
             codes = id(swap.new.weight)
-            linear = swap.new.to_linear(dtype)
+            is_linear = isinstance(swap.new, QuantizedLinear)
+            made = swap.new.to_linear(dtype) if is_linear else swap.new.to_embedding(dtype)
             if codes in plain:
-                linear.weight = plain[codes].weight
+                made.weight = plain[codes].weight
             else:
-                plain[codes] = linear
-                plain[id(linear)] = swap.new  # the codes live until all are done, so that no id is used twice
-            swap.new = linear
+                plain[codes] = made
+                plain[id(made)] = swap.new  # the codes live until all are done, so that no id is used twice
+            swap.new = made
             swap.apply()
 
     def __enter__(self):
@@ -139,7 +140,7 @@ class ConvertedModel:
         self.undo()
 
     def __repr__(self):
-        number = f"{len(self.report.converted)} linears, {self.report.scheme}"
+        number = f"{len(self.report.converted)} layers, {self.report.scheme}"
         return f"<{type(self).__name__} of {type(self.model).__name__}: {number}>"
 
 

@@ -11,15 +11,15 @@ OP = "quantize_"
 
 
 def quantize_(
-    model, scheme, *, skip=DEFAULT_SKIP, group_size=None, calibration=None, smoothing=0.5, static=False, keep=False,
-    progress=None,
+    model, scheme, *, skip=DEFAULT_SKIP, output_head=False, group_size=None, calibration=None, smoothing=0.5,
+    static=False, keep=False, progress=None,
 ):  # fmt: skip
     """Replace the linears of a model by quantised ones, in place.
 
     Every `torch.nn.Linear` itself is replaced. Those of a class derived from it, with hooks, with a weight that an
-    embedding uses too, of other dtypes, or too small to gain, stay and stand in the report with the reason. Linears
-    that share a weight share its codes. Of linears that `sparsify_` has made ``"int8"`` and ``"fp8"`` quantise what was
-    kept; the other schemes leave them as they are.
+    embedding uses too, of other dtypes, or too small to gain, stay and stand in the report with the reason; so do those
+    of whose weight the model's code reads the dtype. Linears that share a weight share its codes. Of linears that
+    `sparsify_` has made ``"int8"`` and ``"fp8"`` quantise what was kept; the other schemes leave them as they are.
 
     With `calibration`, factors of single channels move from activations with outliers into the weights (SmoothQuant):
     out of the weight of the norm before a linear, out of the rows of up_proj for down_proj, and out of those of v_proj
@@ -33,6 +33,9 @@ def quantize_(
         scheme: ``"int8"`` and ``"fp8"`` quantise weights and activations, those with a scale for each row (token) at
             each call; ``"int8-weight-only"``, ``"fp8-weight-only"`` and ``"int4-weight-only"`` the weights alone.
         skip: Linears to leave alone, or modules around them: full names, last parts of names, or patterns of fnmatch.
+        output_head: Take output embeddings too: ``"lm_head"`` is no default of `skip` then, and a weight that a linear
+            and an embedding share is quantised once for both by the weight-only schemes: the linear multiplies the
+            codes that `fusedops.nn.QuantizedEmbedding` looks up.
         group_size: Of the weight-only schemes: 32, 64 or 128 columns share a scale. None is 32 for int4, and one scale
             for each row otherwise.
         calibration: Of ``"int8"`` and ``"fp8"``: an iterable of model inputs, each a tensor, a mapping of arguments or
@@ -59,7 +62,12 @@ def quantize_(
     """
     scheme = find_scheme(OP, scheme, group_size)
     _check_options(scheme, calibration, smoothing, static, keep, progress)
-    selection = select(OP, model, scheme, skip, takes_sparse=True)
+    if not isinstance(output_head, bool):
+        raise TypeError(f"{OP}: output_head must be True or False, got {output_head!r}")
+    if output_head and skip is DEFAULT_SKIP:
+        skip = ()
+    takes_tied = output_head and not scheme.quantizes_activations
+    selection = select(OP, model, scheme, skip, takes_sparse=True, takes_tied=takes_tied)
     targets = selection.targets
     if static:
         _check_not_sparse(targets)

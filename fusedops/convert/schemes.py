@@ -33,6 +33,11 @@ class Scheme:
     sparse_format: str | None = None
     status: str = "quantized"
 
+    @property
+    def stores_codes(self):
+        """Whether the stored weight is of another dtype than the one it stands for."""
+        return self.module.layout(1, 1, torch.float32, **self.options)["weight"][1] != torch.float32
+
     def module_for(self, linear):
         """(class, options) of what takes the place of a linear."""
         if isinstance(linear, Sparse24Linear):
@@ -115,8 +120,8 @@ def sparse_scheme(dense_below=None, format=None):
 
 
 def stored_tensors(linear):
-    """What holds the weight of a linear, plain, quantised or sparse: everything but its bias."""
-    if isinstance(linear, nn.Linear):
+    """What holds the weight of an embedding or a linear, plain, quantised or sparse: everything but its bias."""
+    if isinstance(linear, nn.Linear | nn.Embedding):
         return [linear.weight]
     tensors = {**linear._parameters, **linear._buffers, "bias": None}.values()
     return [tensor for tensor in tensors if tensor is not None]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from fusedops._core.modules import foreign_attribute
+from fusedops.convert.dtype_reads import read_dtypes
 from fusedops.convert.report import Row
 from fusedops.nn import QuantizedLinear, Sparse24Linear
 
@@ -25,6 +26,7 @@ class Target:
         linear: The module.
         twin: The Target whose weight it shares, which comes earlier; None where the weight is its own.
         is_tied: Whether other modules share its weight or its bias.
+        embeddings: {path: embedding} of those that share its weight and get its codes; empty where it has a twin.
     """
 
     path: str
@@ -32,6 +34,7 @@ class Target:
     linear: nn.Linear
     twin: "Target | None" = None
     is_tied: bool = False
+    embeddings: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Selection:
     unmatched: tuple = ()
 
 
-def select(op, model, scheme, skip, layers=None, takes_sparse=False):
+def select(op, model, scheme, skip, layers=None, takes_sparse=False, takes_tied=False):
     """Find the linears that `scheme` can replace.
 
     Args:
@@ -58,6 +61,7 @@ def select(op, model, scheme, skip, layers=None, takes_sparse=False):
         skip: Names, last parts of names, or patterns of `fnmatch`, of linears or of modules around them.
         layers: The same, of what is taken; None takes all.
         takes_sparse: Whether 2:4 sparse layers of float values are linears to replace.
+        takes_tied: Whether a linear is replaced whose weight an embedding uses too, together with that.
 
     Raises:
         TypeError: model is not a module, or skip or layers do not hold strings.
@@ -74,9 +78,13 @@ def select(op, model, scheme, skip, layers=None, takes_sparse=False):
     if layers is not None:
         named = _not_in_layers(op, model, linears, _checked_names(op, "layers", layers)) | named
     reasons = {id(m): named.get(id(m)) or obstacle(m, scheme, takes_sparse) for _, m in linears}
+    readers = read_dtypes(model) if scheme.stores_codes else {}
+    for key in reasons.keys() & readers.keys():
+        reasons[key] = reasons[key] or f"{readers[key]} reads its weight's dtype"
     owners = parameter_owners(model)
+    embeddings = _embeddings(owners, named, readers) if takes_tied else {}
     for _, linear in linears:
-        reasons[id(linear)] = reasons[id(linear)] or _tied_elsewhere(linear, owners, reasons)
+        reasons[id(linear)] = reasons[id(linear)] or _tied_elsewhere(linear, owners, reasons, embeddings)
     selection = Selection(unmatched=unmatched)
     places = module_places(model)
     by_weight = {}
@@ -88,6 +96,8 @@ def select(op, model, scheme, skip, layers=None, takes_sparse=False):
             continue
         shared = max(len(owners[id(p)]) for p in linear.parameters()) > 1
         target = Target(path, places[id(linear)], linear, by_weight.get(id(linear.weight)), shared)
+        if target.twin is None:
+            target.embeddings = {path: m for path, m in embeddings.items() if m.weight is linear.weight}
         by_weight.setdefault(id(linear.weight), target)
         selection.targets.append(target)
     _check_values(op, model, selection)
@@ -104,13 +114,9 @@ def obstacle(linear, scheme, takes_sparse=False):
             return "quantised already"
     elif type(linear) is not nn.Linear:
         return "a subclass of torch.nn.Linear"
-    if "_hf_hook" in vars(linear):
-        return "accelerate's hook is on it"
-    hooks = sum(len(getattr(linear, name) or ()) for name in _HOOKS)
-    if hooks:
-        return f"{hooks} {'hook is' if hooks == 1 else 'hooks are'} on it"
-    if foreign_attribute(linear) is not None:
-        return "its forward was replaced"
+    reason = _held(linear)
+    if reason is not None:
+        return reason
     for name in ("weight", "bias"):
         tensor = linear._parameters.get(name)
         if tensor is None and name == "bias" and linear.bias is None:
@@ -118,6 +124,26 @@ def obstacle(linear, scheme, takes_sparse=False):
         if type(tensor) is not Parameter or type(tensor.data) is not torch.Tensor:
             return f"its {name} is a {type(getattr(linear, name, None)).__name__}, not a plain parameter"
     return scheme.obstacle(linear)
+
+
+def _held(module):
+    """What stands on a module's instance, which another in its place would not have; or None."""
+    if "_hf_hook" in vars(module):
+        return "accelerate's hook is on it"
+    hooks = sum(len(getattr(module, name) or ()) for name in _HOOKS)
+    if hooks:
+        return f"{hooks} {'hook is' if hooks == 1 else 'hooks are'} on it"
+    return None if foreign_attribute(module) is None else "its forward was replaced"
+
+
+def _embeddings(owners, named, readers):
+    """{path: embedding} of those whose place can be taken: torch's own class, with nothing beyond a lookup."""
+    found = {}
+    for path, module in (owner for held in owners.values() for owner in held):
+        is_plain = type(module) is nn.Embedding and module.max_norm is None and _held(module) is None
+        if is_plain and id(module) not in named and id(module) not in readers:
+            found[path.removesuffix(".weight")] = module
+    return found
 
 
 def module_places(model):
@@ -180,13 +206,14 @@ def _matches(path, entry):
     return path == entry or path.endswith(f".{entry}") or fnmatch.fnmatchcase(path, entry)
 
 
-def _tied_elsewhere(linear, owners, reasons):
+def _tied_elsewhere(linear, owners, reasons, embeddings):
     """Why a weight that others hold too is left alone: one of them is not replaced."""
     if type(linear) not in (nn.Linear, Sparse24Linear):
         return None
     for path, owner in owners[id(linear.weight)]:
         is_weight = type(owner) is type(linear) and owner.weight is linear.weight and path.endswith("weight")
-        if not is_weight or reasons[id(owner)] is not None:
+        is_replaced = is_weight and reasons[id(owner)] is None
+        if not is_replaced and embeddings.get(path.removesuffix(".weight")) is not owner:
             return f"its weight is also {path}"
     return None
 

@@ -3,6 +3,7 @@
 from fusedops.nn.fake_quantized_linear import FakeQuantizedLinear
 from fusedops.nn.masked_24_linear import Masked24Linear
 from fusedops.nn.modules import LayerNorm, RMSNorm
+from fusedops.nn.quantized_embedding import QuantizedEmbedding
 from fusedops.nn.quantized_linear import QuantizedLinear
 from fusedops.nn.scaled_linear import Fp8Linear, Int8Linear
 from fusedops.nn.sparse_24_linear import Sparse24Linear
@@ -14,6 +15,7 @@ __all__ = [
     "Int8Linear",
     "LayerNorm",
     "Masked24Linear",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "RMSNorm",
     "Sparse24Linear",

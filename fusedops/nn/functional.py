@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as _functional
 
 from fusedops._core import checks, dispatch
+from fusedops._core.register import operators
 from fusedops.nn.distillation import kl_distillation_loss as kl_distillation_loss
 from fusedops.ops.attention import attention as _attention
 from fusedops.ops.attention import takes_head_dim
 from fusedops.ops.layer_norm import layer_norm as _layer_norm
 from fusedops.ops.rms_norm import MAX_N
 from fusedops.ops.rms_norm import rms_norm as _rms_norm
+
+_attention_operator = operators()["attention"]
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None):
@@ -56,8 +59,8 @@ def scaled_dot_product_attention(
     """Attend; arguments as ``torch.nn.functional.scaled_dot_product_attention``.
 
     The first query is aligned with the first key where `is_causal`, as torch does it. A query whose keys are all hidden
-    gives 0. Dropout, masks that want a gradient, leading dimensions that broadcast, and head dimensions that
-    `fusedops.attention` does not take go to torch's own.
+    gives 0. On a CPU, where that is torch's kernel too, torch's function runs. Dropout, masks that want a gradient,
+    leading dimensions that broadcast, and head dimensions that `fusedops.attention` does not take go to torch's own.
     """
     reason = _attention_not_covered(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
@@ -72,6 +75,10 @@ def scaled_dot_product_attention(
         query, key, value = (t.to(dtype) for t in (query, key, value))
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(dtype)
+    if _is_torchs(query, key, attn_mask) and _attention_operator.direct(query) is not None:
+        return _functional.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     window, (length, num_keys) = (-1, -1), (query.shape[-2], key.shape[-2])
     if is_causal and num_keys > length:  # the keys beyond the last query are hidden from all
         key, value = key[..., :length, :], value[..., :length, :]
@@ -82,6 +89,20 @@ def scaled_dot_product_attention(
         softmax_scale=scale, causal=is_causal, window_size=window, mask=_four_dims(attn_mask),
     ).transpose(1, 2)  # fmt: skip
     return out if query.dim() == 4 else out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _is_torchs(query, key, mask):
+    """Whether torch's function on the CPU is as exact as our operator, which runs its kernel, and no slower.
+
+    Of 16 bits that is one float16 query, whose keys need not be made float32. Grouped heads of one query run faster as
+    the queries of one head.
+    """
+    if mask is not None or not query.is_cpu or query.dim() != 4 or torch.compiler.is_dynamo_compiling():
+        return False
+    one = query.shape[2] == 1
+    if query.dtype is torch.float16:
+        return one and query.shape[1] == key.shape[1]
+    return query.dtype is torch.float32 and (not one or query.shape[1] == key.shape[1])
 
 
 def _attention_not_covered(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa):

@@ -11,22 +11,15 @@ from fusedops.nn._linear import (
     dequantized_weight,
     differentiable,
     entering,
-    keeping_dtypes,
-    misfits,
     wants_gradient,
 )
+from fusedops.nn._stored import StoredModule
 
 
-class QuantizedLinear(nn.Module):
-    """What `Int8Linear`, `Fp8Linear`, `WeightOnlyLinear` and `Sparse24Linear` share.
-
-    Attributes:
-        options: The options of the format, by name.
-        dtype: dtype of the weight that `dequantize` gives; follows ``.to(dtype)`` as the bias does.
-    """
+class QuantizedLinear(StoredModule):
+    """What `Int8Linear`, `Fp8Linear`, `WeightOnlyLinear` and `Sparse24Linear` share."""
 
     OPTIONS = {}  # with what stands where one is left out
-    KEPT = ()  # parameters and buffers whose dtype belongs to the format, whatever the layer is converted to
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, **options):
         super().__init__()
@@ -124,12 +117,6 @@ class QuantizedLinear(nn.Module):
             made.bias = linear.bias
         return made.train(linear.training)
 
-    def take(self, stored):
-        """Make tensors, such as `quantize_weight` gives, the layer's parameters of their names; parameters stay."""
-        for name, tensor in stored.items():
-            is_parameter = isinstance(tensor, Parameter)
-            setattr(self, name, tensor if is_parameter else Parameter(tensor, requires_grad=False))
-
     def dequantize(self, dtype=None):
         """The weight ``[N, K]``, computed in float32 and rounded to `dtype`, by default to the layer's."""
         return dequantized_weight(self._parameters, self.in_features, self.dtype if dtype is None else dtype)
@@ -174,15 +161,3 @@ class QuantizedLinear(nn.Module):
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}{options}"
-
-    def _apply(self, fn, recurse=True):
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        return super()._apply(keeping_dtypes(fn, [getattr(self, name, None) for name in self.KEPT]), recurse)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        """Nothing of this layer is loaded where one of its tensors does not fit."""
-        found = misfits(type(self).__name__, self._parameters, self.KEPT, state_dict, prefix)
-        if found:
-            errors.extend(found)
-        else:
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -5,6 +5,8 @@ same objects as before, look at their part of it. The first linear that is calle
 others, called with the very tensor, unchanged since, pick up their columns. Whatever else happens, a linear computes.
 """
 
+import contextlib
+
 import torch
 from torch.nn import Parameter
 
@@ -16,6 +18,7 @@ from fusedops.patch.rows import QuantizedRows, version_of
 MAX_WASTED = 8  # products in a row of which a part was left lying, before the linears are computed apart
 MAX_JOINS = 4  # times that the parameters may be found elsewhere, as after ``model.to(...)``
 
+_all_on_meta = False
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 
@@ -217,14 +220,26 @@ def obstacle(members):
         return "it and its neighbours are not quantised alike"
     for name, dim in _dims(first).items():
         parts = [member._parameters[name] for member in members]
-        if not all(type(part) is Parameter and not (part.is_meta or part.is_inference()) for part in parts):
+        is_meta = any(part.is_meta for part in parts)
+        if any(type(part) is not Parameter or part.is_inference() for part in parts) or (is_meta and not _all_on_meta):
             return f"its {name} is no ordinary parameter"
-        if dim is None and not all(torch.equal(part, parts[0]) for part in parts):
+        if dim is None and not is_meta and not all(torch.equal(part, parts[0]) for part in parts):
             return f"it and its neighbours have different values of {name}"
         if dim == 0 and any(part.shape[0] != member.out_features for part, member in zip(parts, members, strict=True)):
             if any(member.out_features % 128 for member in members[:-1]):
                 return "blocks of 128 rows that share a scale would not stay together"
     return None
+
+
+@contextlib.contextmanager
+def all_on_meta():
+    """Inside, a model is patched of which nobody will load anything: its linears are joined as a loaded one's are."""
+    global _all_on_meta
+    _all_on_meta = True
+    try:
+        yield
+    finally:
+        _all_on_meta = False
 
 
 def kind_of(member):

@@ -51,7 +51,7 @@ class FusedOpsConfig:
             isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         ):
             raise TypeError(f"FusedOpsConfig: modules_to_not_convert must be None or a list of names, got {names!r}")
-        options = _found("FusedOpsConfig", scheme, group_size, sparsity).options
+        options = found_scheme("FusedOpsConfig", scheme, group_size, sparsity).options
         self.quant_method = METHOD
         self.scheme = scheme
         self.sparsity = sparsity
@@ -68,10 +68,11 @@ class FusedOpsConfig:
 
     def found_scheme(self):
         """The Scheme that it stands for."""
-        return _found("FusedOpsConfig", self.scheme, self.group_size, self.sparsity)
+        return found_scheme("FusedOpsConfig", self.scheme, self.group_size, self.sparsity)
 
 
-def _found(op, scheme, group_size, sparsity):
+def found_scheme(op, scheme, group_size, sparsity):
+    """The Scheme of a config's options. ValueError: there is none, or they do not go together."""
     if sparsity is None:
         return find_scheme(op, scheme, group_size)
     if sparsity != SPARSITY:

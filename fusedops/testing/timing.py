@@ -78,6 +78,18 @@ def compare(
     return {name: Timing(statistics.median(times), min(times), max(times), rounds) for name, times in seconds.items()}
 
 
+def copy_bandwidth(num_bytes: int, **timed) -> float:
+    """Bytes a second, read plus written, of a copy of random data: the most that anything bound by memory reaches.
+
+    Args:
+        num_bytes: Of the tensor that is copied, far beyond any cache.
+        timed: `rounds`, `round_seconds` and `device` of `compare`.
+    """
+    source = torch.randn(num_bytes // 4, device=timed.get("device", "cpu"))
+    copying = compare({"copy": torch.empty_like(source).copy_}, arguments=[(source,)], **timed)["copy"]
+    return 2 * num_bytes / copying.median
+
+
 def rotating(make: Callable[[int], tuple], bytes_per_call: int, *, cache_bytes: int = 128 * 2**20) -> list[tuple]:
     """Make enough argument tuples that a call never finds its operands in the cache.
 

@@ -8,7 +8,7 @@ import torch
 
 from fusedops._core import env
 from fusedops._core.device import limits as limits_of
-from fusedops._core.explain import operator_call
+from fusedops._core.explain import derivative_call, operator_call
 from fusedops._core.register import operators
 from fusedops._core.tuning import EXACT, forget, observed, uses_defaults_only
 from fusedops._core.tuning.entry import checksum, from_dict
@@ -59,7 +59,7 @@ class Report:
         return "\n".join([*lines, *map(str, self.tuned)])
 
 
-def tune(op, /, *args, tuning=None, **kwargs):
+def tune(op, /, *args, tuning=None, backward=False, **kwargs):
     """Measure the configurations of the kernels that a call launches, and use the fastest right one from now on.
 
     Every configuration that the device can hold runs on clones of the arguments and must compute what the reference
@@ -71,6 +71,7 @@ def tune(op, /, *args, tuning=None, **kwargs):
         op: Name of an operator, such as ``"rms_norm"``.
         *args, **kwargs: The arguments of the call. None is written to.
         tuning: `fusedops.tuning.Options`.
+        backward: Tune the kernels that differentiating the call launches instead.
 
     Returns:
         `fusedops.tuning.Report`. Nothing is measured, and it says why, where a CUDA graph is being captured, torch's
@@ -78,12 +79,14 @@ def tune(op, /, *args, tuning=None, **kwargs):
 
     Raises:
         ValueError: `op` is no operator, or the operator refuses the arguments.
+        NotImplementedError: `backward`, and the operator has no derivative.
         RuntimeError: rank 0 failed.
     """
     options = tuning or Options()
-    operator, call_args = _call_of(op, args, kwargs)
+    operator, call_args = _call_of(op, args, kwargs, backward)
+    op = operator.name if backward else op
     backend, _ = operator.select(call_args)
-    configure = getattr(operator.module(backend), "config", None)
+    configure = getattr(operator.module(backend, call_args), "config", None)
     choices = []
     if configure is not None:
         with observed() as choices:
@@ -106,13 +109,13 @@ def tune(op, /, *args, tuning=None, **kwargs):
     return Report(op, tuned)
 
 
-def _call_of(op, args, kwargs):
+def _call_of(op, args, kwargs, backward):
     """The registered operator, and its arguments, of a public operator's call or of a registered one's own."""
     import fusedops
 
     if op in fusedops.OPERATORS:
-        return operator_call(getattr(fusedops, op), *args, **kwargs)
-    if op in operators() and not kwargs:
+        return (derivative_call if backward else operator_call)(getattr(fusedops, op), *args, **kwargs)
+    if op in operators() and not kwargs and not backward:
         return operators()[op], args
     raise ValueError(f"tune: op must be one of {', '.join(fusedops.OPERATORS)}, got {op!r}")
 

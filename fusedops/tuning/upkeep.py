@@ -1,7 +1,6 @@
 """Look after what is stored: judge, export, import, merge, prune and clear."""
 
 import contextlib
-import importlib
 import os
 from pathlib import Path
 
@@ -52,8 +51,8 @@ def _import_kernels():
     """Tunables are known from the import of their kernels on."""
     if triton_missing() is None:
         for operator in operators().values():
-            if "triton" in operator.implementations:
-                importlib.import_module(f"{operator.package}._triton")
+            for kind in {"cuda", "triton"}.intersection(operator.implementations):
+                operator.module(kind)
 
 
 def archived(entries):

@@ -11,6 +11,7 @@ import torch
 from fusedops._core import env
 from fusedops._core.device import interpreting
 from fusedops._core.inspection import limits_named
+from fusedops.patch.continuous_attention import operator_page_size
 from fusedops.patch.skeleton import skeleton
 from fusedops.warm import calls, kernels, listing, pool
 
@@ -52,8 +53,9 @@ class WarmUp:
 
 
 def warmup(
-    model, *, dtype=torch.bfloat16, max_batch=8, max_seqlen=4096, target=None, scheme=None, jobs=None, progress=None
-):
+    model, *, dtype=torch.bfloat16, max_batch=8, max_seqlen=4096, target=None, scheme=None, sparsity=None, page_size=16,
+    gradients=False, jobs=None, progress=None,
+):  # fmt: skip
     """Compile the kernels that a patched model needs, in parallel processes, into Triton's own cache.
 
     Needs no weights, and for a named target no GPU. The model is built without memory, with a layer or two of each
@@ -65,7 +67,10 @@ def warmup(
         max_batch: Rows of a batch.
         max_seqlen: Tokens of a row.
         target: A named GPU (``"sm_80"``, ``"sm_90a"``, ...). None: the GPU at hand, without one ``"sm_90a"``.
-        scheme: How its linears are quantised, a name of `quantize_`; None: not at all.
+        scheme: How its linears are quantised, a name of `quantize_`.
+        sparsity: ``"2:4"`` where its linears are pruned. With neither the config tells, as `FusedOpsConfig` writes it.
+        page_size: Tokens of a page of `PagedCache`.
+        gradients: Also what training launches.
         jobs: Processes; None is one for each processor.
         progress: Function of (done, total, name of the kernel).
 
@@ -78,13 +83,14 @@ def warmup(
     """
     begun = time.perf_counter()
     path = _config_file(model)
-    _check(dtype, max_batch=max_batch, max_seqlen=max_seqlen, jobs=1 if jobs is None else jobs)
+    _check(dtype, page_size, max_batch=max_batch, max_seqlen=max_seqlen, jobs=1 if jobs is None else jobs)
     limits = _limits(target)
-    known = listing.Listing(_key(path, dtype, max_batch, max_seqlen, limits, scheme))
+    wanted = max_batch, max_seqlen, page_size, gradients
+    known = listing.Listing(_key(path, dtype, limits, scheme, sparsity, *wanted))
     hashes, left = known.read()
     if hashes is not None and all(map(listing.is_compiled, hashes)):
         return WarmUp(limits.arch, len(hashes), 0, {}, left, time.perf_counter() - begun)
-    found = calls.of_model(skeleton(path, dtype, scheme), max_batch, max_seqlen)
+    found = calls.of_model(skeleton(path, dtype, scheme, sparsity), *wanted)
     needed, left = kernels.of_calls(found, limits)
     at_hand = torch.cuda.is_available() and limits_named(None) == limits
     results = pool.compile_all(needed, jobs or len(os.sched_getaffinity(0)), at_hand, progress or (lambda *args: None))
@@ -112,15 +118,17 @@ def _config_file(model):
     return path
 
 
-def _check(dtype, **sizes):
+def _check(dtype, page_size, **sizes):
     if dtype not in DTYPES:
         raise ValueError(f"warmup: dtype must be float16, bfloat16 or float32, got {dtype}")
+    if type(page_size) is not int or operator_page_size(page_size) != page_size:
+        raise ValueError(f"warmup: page_size must be 1 or a multiple of 8 up to 256, got {page_size!r}")
     for name, size in sizes.items():
         if type(size) is not int or size < (2 if name == "max_seqlen" else 1):
             raise ValueError(f"warmup: {name} must be a positive number, of tokens at least 2, got {size!r}")
 
 
-def _key(path, dtype, max_batch, max_seqlen, limits, scheme):
+def _key(path, *options):
     """A hash of all that the kernels of a model follow from."""
-    parts = (path.read_bytes(), dtype, max_batch, max_seqlen, limits, scheme, env.backend(), listing.surroundings())
+    parts = (path.read_bytes(), *options, env.backend(), listing.surroundings())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]

@@ -47,7 +47,7 @@ def of_calls(calls, device_limits):
     jobs, seen, silent = {}, set(), {}
     for operator, args in calls:
         try:
-            launches = record(operator, args, device_limits, kinds=("cuda", "triton"))
+            launches = record(operator, args, device_limits)
         except ValueError as error:  # another implementation takes this call
             silent.setdefault(operator.name, str(error))
             continue

@@ -6,9 +6,23 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import fusedops
 from fusedops import cli
-from fusedops.cli import bench_model, console, serving, serving_plot, setting, traffic
+from fusedops.cli import (
+    bench_model,
+    byte_bound,
+    console,
+    layers,
+    measure,
+    models,
+    serving,
+    serving_figures,
+    serving_plot,
+    setting,
+    traffic,
+)
 from fusedops.cli.serving import KvSample
 from fusedops.cli.traffic import Request
 
@@ -22,7 +36,9 @@ FIELDS = {  # what every row must say
     "high": NUMBER, "requests_per_minute": NUMBER, "tokens_per_second": NUMBER, "first_token": (dict,),
     "between_tokens": (dict,), "end_to_end": (dict,), "kv": (dict,), "pool_bytes": NUMBER + OR_NONE,
     "peak_bytes": NUMBER, "cost": (dict,), "requests": (list,), "times_as_fast_as": (dict,),
-    "tokens_equal": (bool,) + OR_NONE, "calls": (list,), "left_fused_path": (list,), "workload": (dict,),
+    "tokens_equal": (bool,) + OR_NONE, "leading_tokens_equal": NUMBER + OR_NONE, "quantized": TEXT + OR_NONE,
+    "model_is": TEXT, "weight_bytes": NUMBER, "least_bytes_per_step": NUMBER, "copy_bandwidth": NUMBER,
+    "share_of_copy_bandwidth": NUMBER, "calls": (list,), "left_fused_path": (list,), "workload": (dict,),
     "environment": (dict,),
 }  # fmt: skip
 ENVIRONMENT = {"device", "date", "dtype", "threads", "torch", "triton", "transformers", "commit", "load"}
@@ -32,7 +48,6 @@ SMALL = ("--device", "cpu", "--prompts", "5", "--prompt-tokens", "3-40", "--new-
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
     """Directory of a random Llama whose tokens are letters, so that prompts of real text differ from each other."""
-    import torch
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("letters")
@@ -56,6 +71,13 @@ def text(letters):
     return traffic.text_tokens(transformers.AutoTokenizer.from_pretrained(letters))
 
 
+@pytest.fixture(autouse=True)
+def nothing_long(monkeypatch):
+    """Traced for the compiled way, but not compiled; and a short copy."""
+    monkeypatch.setattr(serving, "COMPILE", {"backend": "eager"})
+    monkeypatch.setattr(byte_bound, "COPY_BYTES", 2**20)
+
+
 @pytest.fixture
 def bench(capsys, letters, text, monkeypatch):
     """Run the command on the tiny model; exit status, stdout and stderr."""
@@ -63,7 +85,8 @@ def bench(capsys, letters, text, monkeypatch):
 
     def run(*arguments):
         try:
-            status = cli.main(["bench", "model", "--model", str(letters), *map(str, arguments)])
+            model = () if "--model" in arguments else ("--model", letters)
+            status = cli.main(["bench", "model", *map(str, (*model, *arguments))])
         except SystemExit as leaving:
             status = leaving.code
         captured = capsys.readouterr()
@@ -77,20 +100,131 @@ def test_every_way_gives_the_same_tokens_and_a_whole_row(bench, capsys, tmp_path
     status, out, err = bench(*SMALL, "--price-per-hour", 2, "--json", report, "--plot", picture)
     assert status == 0, out + err
     rows = json.loads(report.read_text())
-    assert [row["timed"] for row in rows] == [way.label for way in serving.WAYS.values()]
+    labels = [way.label + " int8-weight-only" * way.quantized for way in serving.WAYS.values()]
+    assert [row["timed"] for row in rows] == labels
     for row in rows:
         assert [name for name, types in FIELDS.items() if not isinstance(row[name], types)] == []
         assert row["environment"].keys() >= ENVIRONMENT
-        assert row["tokens_equal"], row["timed"]
+        assert row["tokens_equal"] or row["quantized"], row["timed"]
+        assert 0 <= row["leading_tokens_equal"] <= 1
+        assert row["least_bytes_per_step"] == row["weight_bytes"] + row["kv"]["median_used_bytes"]
+        least = row["share_of_copy_bandwidth"] * row["copy_bandwidth"] * row["between_tokens"]["p50"]
+        assert least == pytest.approx(row["least_bytes_per_step"])
         assert row["kv"]["held_over_used"] >= 1 and row["cost"]["per_million_tokens"] > 0
         assert row["timed"] in out
         assert bool(row["calls"]) == row["patched"] and row["left_fused_path"] == []
     by_way = {row["timed"]: row["kv"]["held_over_used"] for row in rows}
     assert by_way["one by one"] == 1 < by_way["transformers paged"] < by_way["padded batch"]
     assert "all arrive at once" in out and "pages of 16 tokens" in out
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG") and not (tmp_path / "ways_batch.png").exists()
+    check_layers(rows, out)
     assert cli.main(["bench", "compare", str(report), str(report)]) == 0
     assert f"{len(rows)} rows unchanged" in capsys.readouterr().out
+
+
+def check_layers(rows, out):
+    """The first row of each model tells where its time goes; the parts make the whole."""
+    told = {row["model_is"]: row["layers"] for row in rows if "layers" in row}
+    assert list(told) == [bench_model.AS_IS, bench_model.PATCHED, bench_model.QUANTIZED]
+    for name, passes in told.items():
+        assert f"Where the time of {name}" in out
+        for part in (passes["prefill"], passes["step"]):
+            names = [row["layer"] for row in part["layers"]]
+            assert {"lm_head", "model.layers.*.mlp", "model.layers.*.self_attn"} <= set(names)
+            assert sum(row["seconds"] for row in part["layers"]) == pytest.approx(part["seconds"])
+            assert [row["calls"] for row in part["layers"] if row["layer"] == "model.layers.*"] == [2]
+            ours = {op for row in part["layers"] for op, _, _ in row["operators"]}
+            assert bool(ours) == (name != bench_model.AS_IS)
+            assert part["share_not_ours"] == 1 if not ours else 0 < part["share_not_ours"] < 1
+    by_layer = {row["layer"]: row["operators"] for row in told[bench_model.PATCHED]["step"]["layers"]}
+    assert [op for op, *_ in by_layer["model.layers.*.self_attn"]][0] == "attention"
+    assert by_layer["lm_head"] == []
+
+
+def test_layers_add_up_to_a_stopwatch(model):
+    """Layers that wait: what is told of each is at least that, and all of it is no more than the passes take."""
+    pause, steps = 0.02, 5
+    watches = [
+        module.register_forward_pre_hook(lambda *_: time.sleep(pause)) for module in (model.lm_head, model.model.norm)
+    ]
+    try:
+        before = time.perf_counter()
+        told = layers.profile(model, tuple(range(2, 30)), steps)
+        whole = time.perf_counter() - before
+    finally:
+        for watch in watches:
+            watch.remove()
+    for part in (told["prefill"], told["step"]):
+        seconds = {row["layer"]: row["seconds"] for row in part["layers"]}
+        for name in ("lm_head", "model.norm"):
+            assert seconds[name] < pause  # the hook ran before ours: its time is that of the layer around it
+        outer = seconds["(outside of layers)"] + seconds["model"]
+        assert outer >= 2 * pause
+        assert part["seconds"] == pytest.approx(part["unwatched_seconds"], rel=0.5)
+    assert told["prefill"]["seconds"] + steps * told["step"]["seconds"] <= whole / 3 * 1.5
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_figures_agree_with_a_stopwatch_around_generate(model):
+    """Within 5 %, over the same requests; the model waits, so that a busy machine hardly shows."""
+    requests = [Request(tuple(range(2, 12)), 12), Request(tuple(range(5, 40)), 8)]
+    watch = model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    try:
+        run = serving.timed(serving.WAYS["one-by-one"], model, None, requests, SETTINGS)
+        taken = []
+        for request in requests:
+            ids = torch.tensor([request.prompt])
+            before = time.perf_counter()
+            model.generate(ids, max_new_tokens=request.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=1)
+            taken.append(time.perf_counter() - before)
+    finally:
+        watch.remove()
+    told = serving_figures.summarise(requests, [run])
+    assert told["seconds"] == pytest.approx(sum(taken), rel=0.05)
+    assert told["tokens_per_second"] == pytest.approx(20 / sum(taken), rel=0.05)
+    assert told["end_to_end"]["p99"] == pytest.approx(sum(taken), rel=0.05)
+    assert told["between_tokens"]["p50"] == pytest.approx(sum(taken) / 20, rel=0.05)
+
+
+def test_bytes_of_a_step(model):
+    """All weights but the embedding; of a head that is the embedding, that; of quantised weights their codes."""
+    sizes = {name: tensor.nbytes for name, tensor in model.named_parameters()}
+    buffers = sum(tensor.nbytes for tensor in model.buffers())
+    everything = sum(sizes.values()) + buffers
+    assert byte_bound.weight_bytes(model) == everything - sizes["model.embed_tokens.weight"]
+    tied = measure.twin(model)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    assert byte_bound.weight_bytes(tied) == everything - sizes["lm_head.weight"]
+    coded = measure.twin(model)
+    report = fusedops.quantize_(coded, "int8-weight-only").report
+    saved = sum(row.bytes_before - row.bytes_after for row in report.converted)
+    assert saved > 0 and byte_bound.weight_bytes(coded) == byte_bound.weight_bytes(model) - saved
+
+
+def test_several_batches_of_a_config(bench, letters, tmp_path):
+    """Random weights, prompts drawn from the vocabulary; a row for each way and batch, and two pictures."""
+    report, picture = tmp_path / "rows.json", tmp_path / "ways.png"
+    options = ("--batch", "3,1", "--ways", "one-by-one,fusedops-padded", "--no-layers", "--json", report)
+    config = letters / "config.json"
+    status, out, err = bench("--model", config, *SMALL[:2], *SMALL[4:], *options, "--plot", picture)
+    assert status == 0, out + err
+    rows = json.loads(report.read_text())
+    assert [(row["workload"]["prompts"], row["timed"]) for row in rows] == [
+        (batch, serving.WAYS[way].label) for batch in (1, 3) for way in ("one-by-one", "fusedops-padded")
+    ]
+    assert all(row["tokens_equal"] and "config (random weights)" in row["shape"] for row in rows)
+    assert all("layers" not in row for row in rows) and "Where the time" not in out
+    assert picture.exists() and (tmp_path / "ways_batch.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_random_weights_repeat_with_the_seed(letters):
+    made = [
+        models.of_config(letters / "config.json", torch.device("cpu"), torch.float32, console.Console(), seed)
+        for seed in (1, 1, 2)
+    ]
+    first, again, other = (one.model.lm_head.weight for one in made)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert made[0].tokenizer is None and not made[0].model.training
 
 
 @pytest.mark.parametrize("dtype, failed", [("float32", 1), ("bfloat16", 0)])
@@ -103,7 +237,9 @@ def test_wrong_tokens_of_a_patched_model_fail_in_float32(bench, monkeypatch, dty
     for name, patched in (("padded", False), ("fusedops-padded", True)):
         monkeypatch.setitem(serving.WAYS, name, serving.Way("wrong one", patched, wrong))
         options = ("--ways", f"one-by-one,{name}", "--dtype", dtype)
-        status, out, _ = bench(*SMALL[2:4], "--prompt-tokens", 4, "--new-tokens", 3, "--device", "cpu", *options)
+        status, out, _ = bench(
+            *SMALL[2:4], "--prompt-tokens", 4, "--new-tokens", 3, "--device", "cpu", "--no-layers", *options
+        )
         assert "answers differ from one by one, first request" in out  # in 16 bits, ties may make more differ
         assert dtype == "bfloat16" or "1 answers differ from one by one, first request 4, token 0: 0 instead of" in out
         assert status == (failed if patched else 0)
@@ -125,7 +261,7 @@ def test_a_way_that_cannot_run_is_said_and_the_others_go_on(bench, monkeypatch):
 def test_requests_that_arrive_later(bench, tmp_path):
     """Each one's time counts from its own arrival, in rounds that go through the ways in turn."""
     report = tmp_path / "rows.json"
-    options = ("--rate", 20, "--rounds", 2, "--ways", "one-by-one,padded,transformers-paged")
+    options = ("--rate", 20, "--rounds", 2, "--no-layers", "--ways", "one-by-one,padded,transformers-paged")
     status, out, _ = bench(*SMALL, *options, "--json", report)
     assert status == 0 and "20 requests/s arrive" in out
     for row in json.loads(report.read_text()):
@@ -157,13 +293,13 @@ def test_kv_of_one_request(model, patched_model, name):
     way = serving.WAYS[name]
     run = way.serve(patched_model if way.patched else model, [Request(tuple(range(2, 32)), 5)], SETTINGS)
     used = [length * TOKEN for length in range(30, 35)]
-    paged = "paged" in name or "cache" in name
-    held = [pages * 16 * TOKEN for pages in (2, 2, 2, 3, 3)] if paged else used
+    paged, static = "paged" in name or "cache" in name, name == "compiled"
+    held = [pages * 16 * TOKEN for pages in (2, 2, 2, 3, 3)] if paged else [35 * TOKEN] * 5 if static else used
     assert run.kv == [KvSample(*pair) for pair in zip(held, used, strict=True)]
     assert (run.pool_bytes or 0) >= (3 * 16 * TOKEN if paged else 0)
 
 
-@pytest.mark.parametrize("name", serving.WAYS)
+@pytest.mark.parametrize("name", [name for name in serving.WAYS if name != "compiled"])  # it would trace the pause
 def test_times_agree_with_a_stopwatch(model, patched_model, name):
     """A model that waits: every step takes at least that long, and all of them no longer than the call."""
     pause = 0.02
@@ -177,7 +313,7 @@ def test_times_agree_with_a_stopwatch(model, patched_model, name):
         whole = time.perf_counter() - before
     finally:
         watch.remove()
-    steps = {"one-by-one": 10}.get(name, 6)
+    steps = 10 if way.serve in (serving.one_by_one, serving.compiled) else 6
     assert steps * pause <= max(answer.times[-1] for answer in run.served) <= whole
     for request, answer in zip(requests, run.served, strict=True):
         assert len(answer.tokens) == len(answer.times) == request.new_tokens
@@ -205,6 +341,8 @@ def test_calls_that_left_the_fused_path_are_told(model, monkeypatch):
         (("--rate", "-1"), "must be a positive number, got '-1'"),
         (("--price-per-hour", "free"), "must be a positive number, got 'free'"),
         (("--prompt-tokens", "9-3"), "must be a range from low to high, got '9-3'"),
+        (("--batch", "2,0"), "must be a positive integer, got '0'"),
+        (("--batch", "2,2"), "must be different numbers, got '2,2'"),
         (("--prompts", "0"), "must be a positive integer, got '0'"),
         (("--prompt-tokens", "100-120"), "must fit into the model's 128 positions, got 1"),
         (("--prompt-tokens", "9999999"), "--prompt-tokens must be at most"),
@@ -244,5 +382,6 @@ def test_picture_without_kv_figures(tmp_path):
     about = {"device": "a machine", "date": "2026-01-01", "threads": 2, "torch": "2", "transformers": "5"}
     requests = [{"first_token": 1.0, "end_to_end": 2.0}]
     row = {"timed": "a way", "tokens_per_second": 3.0, "kv": {"held_over_used": None}, "requests": requests}
-    serving_plot.draw([{**row, "shape": "a; b", "dtype": "float32", "environment": about}], tmp_path / "one.png")
+    row |= {"shape": "a; b", "dtype": "float32", "environment": about, "workload": {"prompts": 1}}
+    serving_plot.draw([row], str(tmp_path / "one.png"))
     assert (tmp_path / "one.png").stat().st_size > 1000

@@ -196,9 +196,9 @@ def test_bench_draws_its_rows(capsys, monkeypatch, tmp_path):
     assert status != 0 and "needs matplotlib" in err
 
 
-def bench_row(op, seconds, device="cpu"):
+def bench_row(op, seconds, device="cpu", **about):
     return {"op": op, "shape": "2x3", "dtype": "float32", "timed": "wall time of eager calls", "seconds": seconds,
-            "low": seconds * 0.99, "high": seconds * 1.01, "environment": {"device": device}}  # fmt: skip
+            "low": seconds * 0.99, "high": seconds * 1.01, "environment": {"device": device, **about}}  # fmt: skip
 
 
 def test_bench_compare(capsys, tmp_path):
@@ -215,17 +215,40 @@ def test_bench_compare(capsys, tmp_path):
     assert "1 rows only before: gone 2x3 float32" in out and "1 rows only after: new 2x3 float32" in out
     status, out, _ = run(capsys, "bench", "compare", before, before)
     assert status == 0 and "5 rows unchanged, 0 faster, 0 slower" in out
-    after.write_text(json.dumps([bench_row("slow", 1e-5, device="another")]))
-    assert "Different devices" in run(capsys, "bench", "compare", before, after)[1]
+    after.write_text(json.dumps([bench_row("slow", 1e-5, torch="9.9", threads=3)]))
+    status, out, _ = run(capsys, "bench", "compare", before, after)
+    assert status == 0 and "Not alike: torch 9.9 and None" in out and "Not alike: threads 3 and None" in out
+    assert "Not alike: driver" not in out
+
+
+def test_bench_compare_judges_noise_by_the_rows_own_rounds(capsys, tmp_path):
+    """A tenth slower is within the noise of rounds that vary by a fifth, and beyond that of steady ones."""
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    varied, steady = bench_row("varied", 1e-5), bench_row("steady", 1e-5)
+    varied["high"] = 1.2e-5
+    before.write_text(json.dumps([varied, steady]))
+    after.write_text(json.dumps([bench_row("varied", 1.1e-5), bench_row("steady", 1.1e-5)]))
+    status, out, _ = run(capsys, "bench", "compare", before, after)
+    assert status == 1 and "1 rows unchanged, 0 faster, 1 slower" in out and "varied" not in out
+    status, out, _ = run(capsys, "bench", "compare", after, before)
+    assert status == 0 and "1 rows unchanged, 1 faster, 0 slower" in out and "-9.1%" in out
 
 
 def test_bench_compare_bad_input(capsys, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text('{"a": 1}')
+    here, other, unlike, partial = (tmp_path / f"{name}.json" for name in ("here", "other", "unlike", "partial"))
+    here.write_text(json.dumps([bench_row("one", 1e-5, "a")]))
+    other.write_text(json.dumps([bench_row("one", 1e-5, "b")]))
+    unlike.write_text(json.dumps([bench_row("two", 1e-5, "a")]))
+    partial.write_text(json.dumps([{name: value for name, value in bench_row("one", 1).items() if name != "high"}]))
     for arguments, message in (
         (("compare",), "compare must have two files, got 0"),
         (("compare", tmp_path / "none.json", rows), "cannot read"),
         (("compare", rows, rows), "must hold rows that bench --json wrote"),
+        (("compare", here, other), "must have rows of one device, got a and b"),
+        (("compare", here, unlike), "must have files with a row in common"),
+        (("compare", here, partial), "must hold rows that bench --json wrote, got a row without high"),
         (("rms_norm", rows), "rms_norm must stand alone"),
     ):
         status, _, err = run(capsys, "bench", *arguments)
@@ -270,8 +293,9 @@ def test_demo_of_a_quantised_model(capsys, tiny_model_directory, tmp_path, dtype
         of_rounds = [before[0] / after[0] for before, after in zip(seconds["unpatched"], seconds[name])]
         assert ratios["first_token"] == pytest.approx(sum(of_rounds) / 2)
     count, channels = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96), 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
+    count, channels = count + 64 * 64, channels + 64  # the output head
     held = count + channels * (4 if dtype == "float32" else 2)
-    assert told["quantized"]["scheme"] == "int8-weight-only" and told["quantized"]["layers"] == 14
+    assert told["quantized"]["scheme"] == "int8-weight-only" and told["quantized"]["layers"] == 15
     assert told["quantized"]["weight_bytes"] == held
     assert told["quantized"]["times_bfloat16"] == pytest.approx(held / (2 * count))
     wanted, found = told["answers"]["unpatched"], told["answers"]["quantized"]
@@ -280,6 +304,20 @@ def test_demo_of_a_quantised_model(capsys, tiny_model_directory, tmp_path, dtype
     assert f"the first {equal} of {len(found)} are the unpatched" in out and "judged by its perplexity" in out
     assert all(f"times as fast as {name}" in out for name in others)
     assert any(op == "weight_only_matmul" for op, _, _ in told["calls"])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "option", "expected"),
+    [("int8-weight-only", None, True), ("int8-weight-only", "--no-output-head", False), ("fp8", None, False),
+     ("fp8", "--output-head", True)],
+)  # fmt: skip
+def test_demo_takes_the_output_head_where_it_is_told_to(capsys, tiny_model_directory, scheme, option, expected):
+    """By itself with int8 weights alone; the report names it either way."""
+    options = ("--device", "cpu", "--prompt", "word3", "--max-new-tokens", 1, "--no-compare", "--quantize", scheme)
+    line = ("demo", "--model", tiny_model_directory, *options, *([option] if option else []))
+    status, out, _ = run(capsys, *line)
+    head = "1 x lm_head" if expected else "1 x Linear  - named in skip ('lm_head')"
+    assert status == 0 and head in out
 
 
 def test_demo_of_a_quantised_model_alone(capsys, tiny_model_directory, monkeypatch):
@@ -293,6 +331,8 @@ def test_demo_of_a_quantised_model_alone(capsys, tiny_model_directory, monkeypat
     monkeypatch.setattr(fusedops, "quantize_", refuses)
     status, _, err = run(capsys, "demo", "--model", tiny_model_directory, *options)
     assert status == 2 and "this model cannot be converted: quantize_: there is nothing to replace" in err
+    status, _, err = run(capsys, "demo", "--model", tiny_model_directory, "--no-output-head")
+    assert status == 2 and "--no-output-head go with --quantize" in err
 
 
 def test_table_is_aligned():

@@ -23,7 +23,7 @@ def test_figures_of_two_requests():
     assert told["first_token"] == {"p50": 1.0, "p95": 1.0, "p99": 1.0}  # 0.5 and 1.0, from each one's arrival
     assert told["between_tokens"] == {"p50": 2.0, "p95": 3.0, "p99": 3.0}  # 2, 1 and 3
     assert [request["end_to_end"] for request in told["requests"]] == [2.5, 5.0]
-    assert told["kv"] == {"held_over_used": 2.0, "peak_held_bytes": 300}
+    assert told["kv"] == {"held_over_used": 2.0, "peak_held_bytes": 300, "median_used_bytes": 100}
     assert told["pool_bytes"] == 400 and told["peak_bytes"] == 9
     assert told["cost"] == {"per_million_tokens": pytest.approx(12000.0), "per_request": pytest.approx(0.03)}
 
@@ -31,7 +31,7 @@ def test_figures_of_two_requests():
 def test_without_price_samples_and_intervals_there_are_no_figures():
     told = serving_figures.summarise([Request((1,), 1)], [Run([Served((5,), (2.0,))], [])])
     assert told["cost"] == {"per_million_tokens": None, "per_request": None}
-    assert told["kv"] == {"held_over_used": None, "peak_held_bytes": None}
+    assert told["kv"] == {"held_over_used": None, "peak_held_bytes": None, "median_used_bytes": None}
     assert told["between_tokens"] == {"p50": None, "p95": None, "p99": None}
 
 
@@ -61,6 +61,8 @@ def test_the_first_token_that_differs_is_named():
         "request 0 in round 2, token 1: nothing instead of 8",
         2,
     )
+    assert serving_figures.leading_equal([reference], reference) == 1
+    assert serving_figures.leading_equal([wrong], reference) == 3 / 5  # two of the first answer, one of the second
 
 
 def test_a_padded_batch_holds_its_padding_and_its_ended_rows():

@@ -83,10 +83,40 @@ def test_tune_where_nothing_can_be_measured(capsys):
     assert status == 1 and "torch has nothing to configure" in out
 
 
+def few_configurations(monkeypatch):
+    tiles = [operators()[name].module("triton").TILE for name in ("attention", "paged_attention", "rotary")]
+    tiles += [operators()[name].module("triton").TILE for name in ("weight_only_matmul", "sparse_matmul")]
+    attention, gates = (operators()[name].module("triton") for name in ("attention", "silu_mul"))
+    tiles += [gates.FORWARD, gates.BACKWARD, attention.backward_launch.DKDV, attention.backward_launch.DQ]
+    for tile in tiles:
+        monkeypatch.setattr(tile, "space", {"num_warps": (4,)})
+
+
+def test_tune_the_gradients_of_a_model(capsys, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    few_configurations(monkeypatch)
+    arguments = ("tune", "--model", tmp_path, "--device", "cpu", "--dtype", "float16", "--prompt", "20", "--backward")
+    status, out, _ = run(capsys, *arguments, "--json")
+    found = {(report["op"], one["kernel"]) for report in json.loads(out) for one in report["tuned"]}
+    assert status == 0 and found == {
+        ("rms_norm_backward", "rms_norm_backward"), ("rotary_backward", "rotary"),
+        ("attention_backward", "attention_dkdv"), ("attention_backward", "attention_dq"),
+        ("silu_mul_backward", "gated_activation_backward"),
+    }  # fmt: skip
+
+
+def test_tune_a_sparse_model(capsys, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    few_configurations(monkeypatch)
+    arguments = ("tune", "--model", tmp_path, "--device", "cpu", "--dtype", "float16", "--scheme", "2:4", "--json")
+    status, out, _ = run(capsys, *arguments, "--batches", "1", "--prompt", "8")
+    calls = {report["call"] for report in json.loads(out) if report["op"] == "sparse_matmul"}
+    assert status == 0 and "1 x 96 x 64" in calls and "8 x 64 x 96" in calls
+
+
 def test_tune_a_model(capsys, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    for name in ("attention", "paged_attention", "weight_only_matmul"):
-        monkeypatch.setattr(operators()[name].module("triton").TILE, "space", {"num_warps": (4,)})
+    few_configurations(monkeypatch)
     arguments = ("tune", "--model", tmp_path, "--device", "cpu", "--dtype", "float16", "--batches", "1,2", "--prompt",
                  "20", "--scheme", "int4-weight-only", "--json")  # fmt: skip
     status, out, _ = run(capsys, *arguments)
@@ -94,7 +124,8 @@ def test_tune_a_model(capsys, monkeypatch, tmp_path):
     found = {(report["op"], one["kernel"]) for report in reports for one in report["tuned"]}
     assert status == 0 and found == {
         ("rms_norm", "rms_norm"), ("add_rms_norm", "rms_norm"), ("attention", "attention"),
-        ("paged_attention", "paged_attention"), ("weight_only_matmul", "weight_only_matmul"),
+        ("paged_attention", "paged_attention"), ("weight_only_matmul", "weight_only_matmul"), ("rotary", "rotary"),
+        ("silu_mul", "gated_activation"),
     }  # fmt: skip
     assert {one["state"] for report in reports for one in report["tuned"]} <= {"measured", "known"}
     status, out, _ = run(capsys, *arguments)

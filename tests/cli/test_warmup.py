@@ -21,13 +21,15 @@ def test_arguments_reach_the_function(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(fusedops, "warmup", warmup)
     out = tmp_path / "done.json"
     arguments = (
-        "warmup --model DIR --dtype float16 --max-batch 3 --max-seqlen 77 --target sm_80 --quantize int8 --jobs 5"
+        "warmup --model DIR --dtype float16 --max-batch 3 --max-seqlen 77 --target sm_80 --quantize int8 --jobs 5 "
+            "--sparsity 2:4 --page-size 64 --gradients"
     )
     assert cli.main([*arguments.split(), "--json", str(out)]) == 0
     given.pop("progress")
     assert str(given.pop("dtype")) == "torch.float16"
     assert given == {
         "model": "DIR", "max_batch": 3, "max_seqlen": 77, "target": "sm_80", "scheme": "int8", "jobs": 5,
+            "sparsity": "2:4", "page_size": 64, "gradients": True,
     }  # fmt: skip
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["2 of 20 kernels, kernel2", "4 of 20 kernels, kernel4"]
@@ -50,7 +52,7 @@ def test_a_kernel_that_cannot_be_compiled_is_a_failure(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--model", "missing"], "model must be a config.json"),
-        (["--model", "x", "--max-batch", "0"], "must be a positive number, got '0'"),
+        (["--model", "x", "--max-batch", "0"], "must be a positive integer, got '0'"),
         (["--model", "x", "--json", "/nowhere/at/all.json"], "cannot write /nowhere/at/all.json"),
         ([], "--model"),
     ],

@@ -154,3 +154,48 @@ def test_weight_is_given_to_another_function():
     fusedops.quantize_(model, "int8-weight-only")
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 64))
+
+
+class Asks(nn.Module):
+    """Casts to the dtype of the weight of one linear, in a method of its own, and of a nested one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.block = nn.Linear(64, 64), nn.Linear(64, 64), nn.ModuleDict()
+        self.block.down, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    @torch.no_grad()
+    def forward(self, x):
+        width = self.other.weight.shape[0] + len(str(self.first.weight.device))
+        down = self.block.down(x.to(self.block.down.weight.dtype))
+        return down + self._ended(x) + width * self.other.bias.dtype.itemsize
+
+    def _ended(self, x):
+        return self.last(self.first(x).to(self.last.weight.dtype))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-weight-only"])
+def test_weights_whose_dtype_the_model_asks(scheme):
+    """Codes would give a dtype to which activations must not be cast; what stores float values is taken."""
+    model = nn.ModuleDict({"asks": Asks(), "plain": nn.Linear(64, 64)})
+    found = dict.fromkeys(("asks.last", "asks.block.down"), "asks reads its weight's dtype")
+    assert skipped(model, scheme=scheme) == found
+    assert isinstance(model["asks"].first, QuantizedLinear) and isinstance(model["asks"].other, QuantizedLinear)
+    assert skipped(Asks(), scheme=scheme) == {path[5:]: "Asks reads its weight's dtype" for path in found}
+    assert not fusedops.sparsify_(Asks()).report.skipped
+    assert len(fusedops.fake_quantize_(Asks(), scheme).report.skipped) == 2
+
+
+@pytest.mark.parametrize("scheme", ["fp8-weight-only", "int8"])
+def test_t5(scheme):
+    """wo of T5, to whose dtype it casts what comes out of the activation, stays; its output is close to the model's."""
+    import transformers
+
+    config = transformers.T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+    model, ids = transformers.T5ForConditionalGeneration(config).eval(), tokens()
+    with torch.no_grad():
+        before = model(input_ids=ids, decoder_input_ids=ids).logits
+        report = fusedops.quantize_(model, scheme).report
+        after = model(input_ids=ids, decoder_input_ids=ids).logits
+    assert [row.path.rpartition(".")[2] for row in report.skipped if "dtype" in row.reason] == ["wo"] * 4
+    assert (after - before).norm() < 0.1 * before.norm()

@@ -93,9 +93,12 @@ def test_shared_memory_is_asked_for_once_and_again_only_for_more(stub):
 
 
 def test_clusters(stub):
-    launch(cuda.load("scale", SYMBOL, "sm_90a"), torch.zeros(1), cluster=(2, 1, 1), shared=500)
-    numbers, _, stream = launched(stub)
-    assert numbers[:11] == [5, 4, 3, 64, 2, 1, 500, 0, 2, 1, 1] and stream == 0x700
+    kernel = cuda.load("scale", SYMBOL, "sm_90a")
+    for cluster in ((2, 1, 1), (1, 1, 1), (1, 2, 1), (2, 1, 1)):
+        told = [0, 0, 0] if cluster == (1, 1, 1) else cluster
+        launch(kernel, torch.zeros(1), cluster=cluster, shared=500)
+        numbers, _, stream = launched(stub)
+        assert numbers[:11] == [5, 4, 3, 64, 2, 1, 500, 0, *told] and stream == 0x700
 
 
 def test_every_device_has_its_own_module_function_and_shared_memory(stub):
@@ -152,6 +155,29 @@ def test_the_driver_s_words(stub, monkeypatch):
         driver.DriverError, match=r"scale: the driver refuses the shipped sm_80\.cubin: .*words \(200\)"
     ):
         launch(cuda.load("scale", SYMBOL, "sm_80"), torch.zeros(1))
+
+
+def test_a_launch_within_another_has_memory_of_its_own(stub):
+    """As one by another thread, or by what runs when an object is collected."""
+    kernel = cuda.load("scale", SYMBOL, "sm_80")
+
+    class Launching:
+        def __index__(self):
+            kernel.launch((9, 9, 9), (32, 1, 1), (y, ctypes.c_int32(1), ctypes.c_int32(2)), device=place, shared=7)
+            inner.append(launched(stub))
+            return 5
+
+    class Number(ctypes.c_int32):
+        value = Launching()
+
+    x, y, place, inner = torch.zeros(1), torch.zeros(2), torch.device("cuda", 0), []
+    for _ in range(2):
+        launch(kernel, x, ctypes.c_int32(3), ctypes.c_int32(4))
+        launch(kernel, x, ctypes.c_int32(3), Number())
+        numbers, parameters, _ = launched(stub)
+        assert numbers[:7] == [5, 4, 3, 64, 2, 1, 0] and parameters == struct.pack("<Qii", x.data_ptr(), 3, 5)
+        assert inner[-1][0][:7] == [9, 9, 9, 32, 1, 1, 7]
+        assert inner[-1][1] == struct.pack("<Qii", y.data_ptr(), 1, 2)
 
 
 def test_arguments_that_a_kernel_cannot_take(stub):

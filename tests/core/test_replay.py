@@ -1,6 +1,7 @@
 """Calls that are repeated by their launches alone launch the same, and only where nothing else was done."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedops._core import replay, tuning
+from fusedops._core import relaunch, replay, tuning
 from fusedops._core.relaunch import Relauncher
 from fusedops._core.replay import record
 from fusedops._core.signature import signature
@@ -36,7 +37,9 @@ class Kernel:
             launch_cooperative_grid=False, launch_pdl=False,
         )  # fmt: skip
         if not spread:
-            run.arg_annotations, run.kernel_signature = "annotations", "signature"
+            run.arg_annotations, run.kernel_signature = ["x", "out", "N", "BLOCK"], "signature"
+        kinds = dict(zip(self.arg_names, ("*fp32", "*fp32", "i32", "constexpr")))
+        self.src = types.SimpleNamespace(signature=kinds)
         self.run, self.function, self.packed_metadata = run, 5, "packed"
 
     def _launch(self, *given):
@@ -66,9 +69,9 @@ def double(run, x, number=3, buffers=1):
 def watched(kernel, function, *args):
     """The replaying function of the second call; the first one compiles."""
     function(*args)
-    _, replay = record(function, args)
+    _, found = record(function, args)
     kernel.seen.clear()
-    return replay
+    return found and found.whole.compile("replay")
 
 
 @pytest.mark.parametrize("spread", [False, True])
@@ -96,6 +99,80 @@ def test_a_replay_launches_the_same_on_other_memory(spread, buffers):
     assert arguments[0][0] == x.data_ptr() and arguments[-1][1] == out.data_ptr()
     if buffers == 2:
         assert arguments[1][0] - arguments[0][1] == 8 * 4  # a view one row behind the start of the buffer
+
+
+def parts(run, x):
+    """An operator with two results, two allocations between them, one that is empty and one that nobody uses."""
+    out, lse = torch.empty_like(x), x.new_empty(3)
+    sums, states, empty = x.new_empty(7, 4), x.new_empty(40, dtype=torch.int32), x.new_empty(0, 8)
+    x.new_empty(1 << 20)
+    run((1, 1, 1), (x, sums), (3,), {"BLOCK": 16}, 4)
+    run((1, 1, 1), (sums[1], states), (3,), {"BLOCK": 16}, 4)
+    run((1, 1, 1), (empty, lse), (3,), {"BLOCK": 16}, 4)
+    run((1, 1, 1), (states, out), (3,), {"BLOCK": 16}, 4)
+    return out, lse
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_what_is_not_returned_is_one_allocation(first, monkeypatch):
+    """Its parts lie apart, each where an allocation might; with `first` the second result is one of them."""
+    kernel, made = Kernel(), []
+    run = Relauncher(kernel)
+    parts(run, torch.zeros(3, 16))
+    allocate = replay._ALLOCATORS["cpu"]
+    monkeypatch.setitem(replay._ALLOCATORS, "cpu", lambda *given: made.append(allocate(*given)) or made[-1])
+    _, found = record(lambda x: parts(run, x), (torch.zeros(3, 16),))
+    kernel.seen.clear()
+    x = torch.zeros(3, 16)
+    result = (found.first if first else found.whole).compile("again")(x)
+    out, lse = (result, None) if first else result
+    (x_, sums), (row, states), (empty, lse_), (states_, out_) = [seen[-1][:2] for seen in kernel.seen]
+    assert x_ == x.data_ptr() and out_ == out.data_ptr() and row - sums == 4 * 4 and states_ == states and empty == 0
+    common = made[-1]
+    assert len(made) == (2 if first else 3) and common.dtype == torch.uint8
+    starts = {"sums": sums - common.data_ptr(), "states": states - common.data_ptr()}
+    if first:
+        starts["lse"] = lse_ - common.data_ptr()
+    else:
+        assert lse_ == lse.data_ptr() and lse.shape == (3,)
+    assert sorted(starts.values()) == [512 * number for number in range(len(starts))]
+    assert common.numel() == 512 * len(starts)
+
+
+def test_memory_is_filled_where_torch_is_told_to(monkeypatch):
+    """The short way to memory does not know of it."""
+    kernel = Kernel()
+    run = Relauncher(kernel)
+    again = watched(kernel, lambda x: double(run, x), torch.zeros(3, 16))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    assert torch.are_deterministic_algorithms_enabled() and again(torch.zeros(3, 16)).isnan().all()
+    torch.use_deterministic_algorithms(False)
+    again(torch.zeros(3, 16))
+    assert len(kernel.seen) == 2
+
+
+def test_without_torchs_allocators_its_functions_are_called(monkeypatch):
+    monkeypatch.setattr(replay, "_ALLOCATORS", {})
+    kernel = Kernel()
+    run = Relauncher(kernel)
+    again = watched(kernel, lambda x: double(run, x, buffers=2), torch.zeros(3, 16))
+    assert again.__globals__["empty_like"] is torch.empty_like and "allocate" not in again.__globals__
+    out = again(torch.zeros(3, 16))
+    assert out.shape == (3, 16) and kernel.seen[1][-1][1] == out.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["constexpr", "tuple", "tensordesc<fp32[8, 8]>"])
+def test_constants_are_not_passed_unless_an_argument_is_made_of_several(kind):
+    kernel = Kernel()
+    kernel.src.signature["x_ptr"] = ("i32", "i32") if kind == "tuple" else kind
+    launch = relaunch.Launch(kernel, None)
+    number = len(kernel.arg_names)
+    if kind == "constexpr":
+        assert launch.passed == [1, 2] and launch.head[-2] == ["out", "N"]
+    else:
+        assert launch.passed is None and len(launch.head[-2]) == number
+    launch((1, 1, 1), (None, None), (3, 16))
+    assert len(kernel.seen[0][-1]) == (2 if kind == "constexpr" else number)
 
 
 def _filled(run, x):
@@ -234,17 +311,20 @@ def test_repeated_calls_of_operators_launch_what_the_first_ones_did():
     found = subprocess.run([sys.executable, worker], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert found.returncode == 0, found.stderr[-2000:]
     lines = [json.loads(line) for line in found.stdout.splitlines()]
-    assert {line["op"] for line in lines if line["replayed"]} == {line["op"] for line in lines}
-    assert len(lines) >= 9 and [line for line in lines if not line["same"]] == []
+    assert len(lines) >= 11
+    assert [line for line in lines if not (line["same"] and line["replayed"] and line["recognised"])] == []
 
 
 def test_the_benchmark_of_the_host_runs(tmp_path):
     """Few rounds: its figures are no measurement, but every line is there and nothing is left out silently."""
     rows = tmp_path / "rows.json"
     command = [sys.executable, ROOT / "benchmarks/host_cost.py", "--quick", "--json", rows]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    own = {**os.environ, "PYTHONPATH": str(ROOT)}  # of this checkout, whatever is installed
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own, timeout=300)
     assert found.returncode == 0, found.stderr[-2000:]
     kept = {row["op"]: row for row in json.loads(rows.read_text())}
     assert {"empty_like", "rms_norm", "kernel[grid] of rms_norm", "custom_op of rms_norm"} < kept.keys()
+    for name in ("rms_norm", "paged_attention, 8 x 100 keys", "paged_attention, 8 x 1000 keys"):
+        assert {name, name + ", level 0", name + ", launches alone"} < kept.keys()
     assert all(0 < row["low"] <= row["seconds"] <= row["high"] for row in kept.values())
     assert all(f"{peer} rms_norm" in found.stdout for peer in ("liger", "quack"))

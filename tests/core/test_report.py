@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import fusedops
 
 ROOT = Path(__file__).resolve().parents[2]
 DATE = "2026-01-02T03:04:05+00:00"
@@ -59,11 +62,47 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_benchmark_measures_zeros(load_script, name):
     """Constants switch fewer transistors than data, and run faster."""
-    case = next(iter(load_script(name).cases("cpu", True)))
-    made = [a.double() for a in case.make(0) if isinstance(a, torch.Tensor) and a.dim() > 1]
-    constant = [float(a.std()) == 0 for a in made]
-    assert made and not constant[0]
-    assert not any(constant) or name == "bench_write_kv_cache"  # whose pages are written to
+    for case in load_script(name).cases("cpu", True):
+        made = [a.double() for a in case.make(0) if isinstance(a, torch.Tensor) and a.dim() > 1]
+        assert made and all(float(a.std()) > 0 for a in made), case
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ours_is_right_and_torch_s_ways_do_the_same(load_script, name):
+    script = load_script(name)
+    common = importlib.import_module("_common")
+    common.effort_of("cpu", quick=True)
+    for case in script.cases("cpu", True):
+        with torch.no_grad():
+            used, left_out, error = common.tried(case, graph=False)
+        assert error is None or error < case.tolerance / 5, case
+        unlike = {other: reason for other, reason in left_out.items() if "torch.compile takes" not in reason}
+        if "_scaled_mm" in unlike:  # torch has none of blocks on a CPU, and before 2.13 none of rows
+            assert "differ" not in unlike.pop("_scaled_mm")
+        assert not unlike and used[0] == next(iter(case.candidates)), case
+
+
+def test_they_run_under_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    output, plain = tmp_path / "found.json", ("-p", "no:xdist", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", "benchmarks", *plain, "-q", "-rs", "--benchmark-only", "-k", "rotary-"]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    done = subprocess.run(
+        [*command, f"--benchmark-json={output}"], cwd=ROOT, capture_output=True, text=True, env=alone
+    )
+    assert done.returncode == 0, done.stdout
+    found = json.loads(output.read_text())["benchmarks"]
+    groups = {}
+    for one in found:
+        groups.setdefault(one["group"], {})[one["extra_info"]["candidate"]] = one
+    assert set(groups) == {"rotary 1x1x9/3x64 float32", "rotary 1x64x9/3x64 float32"}
+    for group in groups.values():
+        assert set(group) == {"fusedops", "torch"} and group["fusedops"]["extra_info"]["is_ours"]
+        assert not group["torch"]["extra_info"]["is_ours"]
+        for one in group.values():
+            assert 0 < one["stats"]["min"] <= one["stats"]["median"] < 0.1 and one["stats"]["rounds"] >= 5
+            assert one["extra_info"]["backend"] == "torch" and one["extra_info"]["bytes"] > 0
+    assert "left out: RuntimeError: torch.compile takes longer" in done.stdout
 
 
 def test_rows_say_what_their_figures_depend_on(report, load_script):
@@ -71,6 +110,22 @@ def test_rows_say_what_their_figures_depend_on(report, load_script):
     kept = report.load(ROOT / "benchmarks/results")
     assert kept and [found for one in kept for found in rows.violations(one)] == []
     assert rows.violations(row(config_source=None, share_of_matmul_rate=0.5)) == []
+
+
+def test_a_new_row_says_it_all(load_script, tmp_path):
+    output = tmp_path / "rows.json"
+    command = [sys.executable, "benchmarks/bench_rotary.py", "--device", "cpu", "--quick", "--json", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(output.read_text())
+    assert [found for one in made for found in load_script("_rows").violations(one)] == [] and len(made) == 2
+    for one in made:
+        about = one["environment"]
+        assert about["command"] == "python benchmarks/bench_rotary.py --device cpu --quick" and about["quick"] is True
+        assert about["threads"] > 0 and about["peers"] == {} and about["commit"]
+        assert one["rounds"] == 5 and one["rotating_bytes"] >= 2 * one["bytes"] and one["error"] < 1e-5
+        assert "torch.compile takes longer" in one["peers_left_out"]["torch.compile"]
+    assert "absent peer: flashinfer.rope (ModuleNotFoundError" in done.stdout and "BW* " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -112,11 +167,23 @@ def test_a_stale_page_is_noticed_and_written(report, monkeypatch, tmp_path, caps
     assert "NVIDIA Test, driver 1.2, torch 2.11.0, triton 3.6.0, commit abc1234, 2026-01-02; BW\\* 3.00 TB/s" in text
 
 
-def test_what_was_not_measured_is_blank_and_without_a_gpu_the_table_says_so(report):
-    assert "| `rotary` | 1x4096x32/8x128 | bfloat16 |  |  |  |  |  |  |" in report.summary([row()])
+def test_what_was_not_measured_is_named_and_without_a_gpu_the_table_says_so(report):
+    found = report.summary([row()])
+    assert "| `rotary` | 1x4096x32/8x128 | bfloat16 | no figure |  |  |  |  |  |" in found
+    (told,) = (line for line in found.splitlines() if line.startswith("No figure of this GPU yet: "))
+    assert "`paged_attention`" in told and "`sparse_matmul`" in told and "`rms_norm`," not in told
+    assert told in report.tables([row()])
+    assert report.unmeasured([row(op=name) for name in report.operators()]) == ""
     cpu = row()
     del cpu["environment"]["capability"]
     assert report.summary([cpu]) == report.NOTHING and report.NOTHING in report.tables([cpu])
+    assert "No figure of this" not in report.tables([cpu])
+
+
+def test_every_public_operator_is_in_a_benchmark(report, load_script):
+    measured = {case.op for name in SCRIPTS for case in load_script(name).cases("cpu", True)}
+    assert measured == set(report.operators())
+    assert all(callable(getattr(fusedops, name)) for name in report.operators())
 
 
 def test_every_row_is_in_the_long_table_with_all_peers(report):
@@ -240,6 +307,23 @@ def test_plots_are_drawn(load_script, tmp_path):
     names = {"gpu_roofline.png", "gpu_rms_norm.png", "gpu_attention.png", "gpu_attention_memory.png"}
     assert {path.name for path in paths} == names == {path.name for path in tmp_path.iterdir()}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert plots.plt.get_fignums() == []
+
+
+def test_everything_lies_inside_a_picture_and_says_device_and_date(load_script):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plots = load_script("plots")
+    peers = {f"another package's way with a long name, {index}": 3e-4 for index in range(5)}
+    rows = [row(op="sparse_matmul", shape=f"{m}x64x64", peers=peers, best_peer=None) for m in (1, 16, 256)]
+    ((name, sizes),) = plots.by_batch(rows).items()
+    drawn = [plots.bars(rows, "sparse_matmul"), plots.latency(sizes, name), plots.crossover(rows), plots.roofline(rows)]
+    for figure in drawn:
+        figure.canvas.draw()
+        shown = [*figure.legends, figure._suptitle, *figure.axes[0].texts]
+        for box in (text.get_window_extent() for text in shown):
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert "NVIDIA Test, torch 2.11.0, triton 3.6.0, 2026-01-02; device time" in figure._suptitle.get_text()
+        plots.plt.close(figure)
 
 
 def test_latency_is_drawn_against_rows(load_script, tmp_path):
@@ -247,6 +331,8 @@ def test_latency_is_drawn_against_rows(load_script, tmp_path):
     plots = load_script("plots")
     products = [row(op="mm", shape=f"{size}x64x9 rows", seconds=size * 1e-6) for size in (64, 1, 16)]
     few = [row(op="few", shape=f"{size}x64") for size in (1, 2)] + [row(op="few", shape="4x65")]
+    kinds = [row(op="of", shape=f"{kind} {size}x8") for kind in ("int8", "fp8") for size in (1, 2, 4)]
+    assert list(plots.by_batch(kinds)) == ["of_int8_8_bf16", "of_fp8_8_bf16"]
     ((name, sizes),) = plots.by_batch(products + few).items()
     assert name == "mm_64x9_rows_bf16" and list(sizes) == [1, 16, 64] and sizes[16]["seconds"] == 16e-6
     (axes,) = plots.latency(sizes, name).axes

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import fusedops
+from fusedops.patch import joined
+from fusedops.patch.skeleton import skeleton
 from fusedops.warm import calls, listing, pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +21,7 @@ TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 64,
 }  # fmt: skip
-BATCH, TOKENS = "1", "5"  # as few kernels as show everything
+BATCH, TOKENS = "2", "5"  # as few kernels as show everything, padding on pages too
 
 
 def started(cache, *arguments):
@@ -53,11 +55,11 @@ def test_a_run_of_the_model_compiles_nothing(warm, tmp_path):
     folder, _, done = warm
     assert done["compiled"] == done["kernels"] > 10 and done["failed"] == {} and done["left"] == {}
     worker = "tests.data.warm_worker", folder / "config.json", "sm_90a", BATCH, TOKENS
-    ran = json.loads(started(folder, *worker, 10, "none"))
+    ran = json.loads(started(folder, *worker, 10))
     assert ran["errors"] == [] and ran["compiled"] == [] and len(ran["done"]) == 10
-    assert any("paged" in one for one in ran["done"]) and any("padded" in one for one in ran["done"])
+    assert all(any(kind in one for one in ran["done"]) for kind in (" paged", " padded", " padded paged"))
     assert {"_attention_kernel", "_paged_attention_kernel", "_rms_norm_kernel"} < ran["launches"].keys()
-    cold = json.loads(started(tmp_path, *worker, 1, "none"))
+    cold = json.loads(started(tmp_path, *worker, 1))
     assert len(cold["errors"]) == 1 and cold["compiled"] == [] and cold["found"] == 0
 
 
@@ -69,6 +71,29 @@ def test_a_second_warm_up_compiles_what_is_missing_alone(warm):
     next((folder / "triton").glob("*/_rms_norm_kernel.cubin")).unlink()
     repaired = warmed(folder, folder, *limits)
     assert (repaired["kernels"], repaired["compiled"]) == (done["kernels"], 1)
+
+
+@pytest.mark.deep
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("options", "kinds", "kernel"),
+    [
+        (("--sparsity", "2:4"), ("sparse",), "_sparse_matmul_kernel"),
+        (("--page-size", "8"), ("page=8",), "_paged_attention_kernel"),
+        (("--gradients",), ("gradients",), "_attention_dkdv_kernel"),
+    ],
+)
+def test_what_is_asked_for_compiles_nothing_later(options, kinds, kernel, tmp_path):
+    """Without the option something would have to be compiled."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    limits = "--target", "sm_90a", "--max-batch", BATCH, "--max-seqlen", TOKENS
+    worker = "tests.data.warm_worker", tmp_path / "config.json", "sm_90a", BATCH, TOKENS, 10, *kinds
+    warmed(tmp_path, tmp_path, *limits)
+    assert json.loads(started(tmp_path, *worker))["errors"]
+    done = warmed(tmp_path, tmp_path, *limits, *options)
+    assert done["compiled"] > 0 and done["failed"] == {} and done["left"] == {}
+    ran = json.loads(started(tmp_path, *worker))
+    assert ran["errors"] == [] and ran["compiled"] == [] and kernel in ran["launches"]
 
 
 @pytest.mark.deep
@@ -89,6 +114,43 @@ def test_whole_models(name, tmp_path):
 def test_no_shape_within_the_limits_needs_another_kernel(name, target, tmp_path):
     found = started(tmp_path, "tests.data.warm_draws", CONFIGS / f"{name}.json", target, 8, 4096, 300)
     assert json.loads(found)["left_out"] == []
+
+
+@pytest.mark.parametrize("options", [{"sparsity": "2:4"}, {"scheme": "int8"}, {"scheme": "int4-weight-only"}])
+def test_linears_without_memory_are_joined_as_loaded_ones(options, tmp_path):
+    """Else the kernels behind them would get rows that lie otherwise."""
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "hidden_size": 128, "intermediate_size": 256}))
+    model = skeleton(tmp_path / "config.json", torch.bfloat16, **options)
+    groups = {id(state.group): state.group for module in model.modules() if (state := _joined_state(module))}
+    assert groups and all(group.apart == "" for group in groups.values())
+    assert sorted(len(group.members) for group in groups.values())[-2:] == [3, 3]
+    assert not joined._all_on_meta
+
+
+def _joined_state(module):
+    state = vars(module).get("_fusedops")
+    return state if hasattr(state, "group") else None
+
+
+@pytest.mark.parametrize("told", [{"scheme": None, "sparsity": "2:4"}, {"scheme": "int8", "sparsity": None}])
+def test_a_config_tells_what_its_checkpoint_holds(told, tmp_path):
+    """As `FusedOpsConfig` writes it; arguments come first, and what others have quantised is none of ours."""
+    def kinds(quantization, **options):
+        (tmp_path / "config.json").write_text(json.dumps({**TINY, "quantization_config": quantization}))
+        model = skeleton(tmp_path / "config.json", torch.bfloat16, **options)
+        return {type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__}
+
+    expected = "Sparse24Linear" if told["sparsity"] else "Int8Linear"
+    ours = {"quant_method": "fusedops", "group_size": None, "modules_to_not_convert": ["lm_head", "q_proj"], **told}
+    assert kinds(ours) == kinds(None, **told) == {"Linear", expected}
+    assert kinds({"quant_method": "gptq", "bits": 4}) == {"Linear"}
+    with pytest.raises(ValueError, match="warmup: group_size must be None"):
+        kinds({**ours, "group_size": 32})
+
+
+def test_totals_of_padded_batches():
+    assert calls._totals(1, 9) == [] and calls._totals(2, 1) == [] and calls._totals(2, 2) == [3]
+    assert calls._totals(2, 9) == [16, 10] and calls._totals(8, 4096) == [4112, 4103]
 
 
 def test_shapes_cover_every_class():
@@ -125,6 +187,9 @@ def test_a_process_that_dies_is_an_error(monkeypatch):
         ({"model": "missing"}, "model must be a config.json or a directory that holds one, got missing"),
         ({"dtype": torch.int8}, "dtype must be float16, bfloat16 or float32, got torch.int8"),
         ({"max_batch": 0}, "max_batch must be a positive number"),
+        ({"page_size": 12}, "page_size must be 1 or a multiple of 8 up to 256, got 12"),
+        ({"sparsity": "4:8"}, "sparsity must be None or '2:4', got '4:8'"),
+        ({"scheme": "int4-weight-only", "sparsity": "2:4"}, "scheme must be None or one of 'int8', 'fp8'"),
         ({"max_seqlen": 1}, "max_seqlen must be a positive number, of tokens at least 2, got 1"),
         ({"jobs": 1.5}, "jobs must be a positive number"),
         ({"target": "sm_91"}, "target must be one of sm_75, .*, got 'sm_91'"),

@@ -61,12 +61,6 @@ static int launched(void* function, const unsigned* sizes, unsigned shared, void
     memcpy(stub_parameters, extra[1], stub_count);
     return 0;
 }
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, void* stream, void** parameters, void** extra) {
-    const unsigned sizes[6] = {gx, gy, gz, bx, by, bz};
-    memset(stub_launch + 8, 0, 3 * sizeof(int));
-    return launched(function, sizes, shared, stream, extra);
-}
 struct Config {  // CUlaunchConfig and CUlaunchAttribute
     unsigned sizes[6], shared;
     void* stream;
@@ -74,8 +68,9 @@ struct Config {  // CUlaunchConfig and CUlaunchAttribute
     unsigned count;
 };
 int cuLaunchKernelEx(const struct Config* config, void* function, void** parameters, void** extra) {
-    if (config->count != 1 || config->attributes->id != CLUSTER) return INVALID_VALUE;
-    memcpy(stub_launch + 8, config->attributes->cluster, 3 * sizeof(int));
+    if (config->count > 1 || (config->count && config->attributes->id != CLUSTER)) return INVALID_VALUE;
+    memset(stub_launch + 8, 0, 3 * sizeof(int));
+    if (config->count) memcpy(stub_launch + 8, config->attributes->cluster, 3 * sizeof(int));
     return launched(function, config->sizes, config->shared, config->stream, extra);
 }
 int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* start, const unsigned long long* sizes,

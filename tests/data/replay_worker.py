@@ -1,6 +1,7 @@
-"""Call operators again and again on a stub driver; print whether the third call launched what an ordinary one does.
+"""Call operators again and again on a stub driver; print whether later calls launched what an ordinary one does.
 
-One JSON line per operator. Pointers are compared by what they point to: an argument, or memory of the call's own.
+One JSON line per operator: the third call is found in the dictionary of plans, the fourth is recognised before it.
+Pointers are compared by what they point to: an argument, or memory of the call's own.
 """
 
 import json
@@ -24,13 +25,13 @@ seen = []
 
 def tapped(compiled, original=relaunch._c_function):
     """Triton's C function with a listener before it."""
-    call, head, spread = original(compiled)
+    call, head, spread, passed = original(compiled)
 
     def launch(*given):
         seen.append((given[: 4 + len(head)], given[4 + len(head) :] if spread else given[-1]))
         return call(*given)
 
-    return launch, head, spread
+    return launch, head, spread, passed
 
 
 def described(tensors):
@@ -60,6 +61,13 @@ def calls():
     yield "rotary", lambda: fusedops.rotary(q, k3, cos, sin), (q, k3, cos, sin)
     yield "attention", lambda: fusedops.attention(q, k, v, causal=True), (q, k, v)
     yield "paged_attention", lambda: fusedops.paged_attention(one, *caches, table, lengths), (one, *caches, table)
+    long, lengths_long = table.repeat(1, 8), lengths * 8
+    yield "paged_attention", lambda: fusedops.paged_attention(one, *caches, long, lengths_long), (one, *caches, long)
+    yield (
+        "paged_attention",
+        lambda: fusedops.paged_attention(one, *caches, long, lengths_long, return_lse=True),
+        (one, *caches, long),
+    )
     yield "int8_matmul", lambda: fusedops.int8_matmul(a, b, *scales, out_dtype=torch.float32), (a, b, *scales)
     yield "weight_only_matmul", lambda: fusedops.weight_only_matmul(x, b, scales[1]), (x, b)
 
@@ -70,10 +78,17 @@ with stub_gpu.in_place(), torch.no_grad():
         function()  # compiles
         function()  # is watched
         seen.clear()
+        found = []
+        for _ in range(2):
+            function()
+            found.append(described(tensors))
+        operator = operators()[op]
+        replayed = any(plan.run.__name__ == "replay" for plan in operator._plans.values())
+        operator._recall = None  # would raise
+        recognised = bool(function() is not None and described(tensors) == found[1])
+        del operator._recall
+        operator._forget()
         function()
-        again = described(tensors)
-        plans = operators()[op]._plans
-        replayed = any(plan.run.__name__ == "replay" for plan in plans.values())
-        plans.clear()
-        function()
-        print(json.dumps({"op": op, "same": again == described(tensors) != [], "replayed": replayed}), flush=True)
+        ordinary = described(tensors)
+        same = found == [ordinary, ordinary] and ordinary != []
+        print(json.dumps({"op": op, "same": same, "replayed": replayed, "recognised": recognised}), flush=True)

@@ -22,7 +22,10 @@ def drawn(model, draws, max_batch, max_seqlen):
             batch, length = draw.randint(1, max_batch), draw.randint(1, max_seqlen - 1)
             calls._generate(model, batch, length)
             calls._padded(model, batch, length)
-            calls._paged(model, batch, length, max_seqlen)
+            calls._paged(model, batch, length, max_seqlen, 16)
+            if batch > 1 and length > 1:
+                total = draw.randint(length + batch - 1, batch * length - 1)
+                calls._padded_paged(model, batch, length, total, max_seqlen, 16)
     return list(found.values())
 
 

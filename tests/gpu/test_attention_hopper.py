@@ -8,7 +8,6 @@ import torch
 
 from fusedops import attention, attention_varlen
 from fusedops.ops.attention import _triton as kernels
-from fusedops.testing.ptx import CHECKS
 from fusedops.testing.ptx.launches import diverted
 from tests.gpu import test_attention as portable
 from tests.gpu.common import DEVICE, randn
@@ -34,12 +33,9 @@ def check(function, *args, **options):
 
 
 @pytest.fixture
-def shared_clearing():
-    """Of packed sequences and left windows each warpgroup clears the unseen values of a tile, all writing the same.
-
-    That is a race by the rules, in which nobody can see a wrong value; emulated, other faults are looked for.
-    """
-    with diverted(checks=tuple(set(CHECKS) - {"races", "proxies"})):
+def every_schedule():
+    """Emulated, all orders of events that the emulator knows: warpgroups share the clearing of unseen values."""
+    with diverted(schedules="all"):
         yield
 
 
@@ -82,7 +78,6 @@ def test_head_sizes(dims, dtype, causal):
 @pytest.mark.parametrize("options", WINDOWS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("dim", sized([64, 128], [128]))
-@pytest.mark.usefixtures("shared_clearing")
 def test_lengths(lengths, options, dim):
     check(attention, *qkv(BATCH, lengths, sized((4, 2), (2, 1)), (dim, dim)), **options)
 
@@ -98,7 +93,6 @@ NAMES = ("scale", "window of one", "softcap", "sinks", "sinks in a window")
 
 
 @pytest.mark.parametrize("name, dim", [(n, d) for n in NAMES for d in DIMS if d < 256 or "window" not in n])
-@pytest.mark.usefixtures("shared_clearing")
 def test_options(name, dim):
     lengths = sized((300, 333), (70, 150))
     check(attention, *qkv(BATCH, lengths, (8, 2), (dim, dim)), **with_tensors(OPTIONS[name], name))
@@ -132,7 +126,6 @@ PACKED = sized(
 )
 
 
-@pytest.mark.usefixtures("shared_clearing")
 @pytest.mark.parametrize("options", [*WINDOWS, {"causal": True, "softcap": 9.0, "sinks": (8,)}], ids=str)
 @pytest.mark.parametrize("lengths", PACKED, ids=["mixed", "whole tiles", "one", "many short"])
 @pytest.mark.parametrize("dim", sized([64, 128], [64]))
@@ -141,7 +134,7 @@ def test_packed_sequences(lengths, options, dim):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.usefixtures("shared_clearing")
+@pytest.mark.usefixtures("every_schedule")
 def test_packed_sequences_do_not_see_each_other(dim):
     """A tile ends in the next sequence, whose NaN it must neither read as values nor overwrite."""
     lengths = PACKED[0]
@@ -155,7 +148,7 @@ def test_packed_sequences_do_not_see_each_other(dim):
     assert torch.equal(clean[:others], spoiled[:others]) and spoiled[others:].isnan().all()
 
 
-@pytest.mark.usefixtures("shared_clearing")
+@pytest.mark.usefixtures("every_schedule")
 def test_nan_in_keys_and_values_left_of_every_window():
     num_keys = sized(700, 300)
     q, k, v = (tensor.contiguous() for tensor in qkv(BATCH, (100, num_keys), (8, 2), (128, 128)))

@@ -10,7 +10,7 @@ from fusedops import counters, fallbacks
 from fusedops._core import env
 from fusedops._core.explain import operator_call
 from fusedops.testing import assert_accurate
-from tests.gpu.common import DEVICE, needs_gpu, same_bits, sized, wide
+from tests.gpu.common import DEVICE, needs_gpu, randn, same_bits, sized, wide
 from tests.ops.common import DTYPES, as_tuple, opcheck
 
 pytestmark = pytest.mark.gpu
@@ -119,6 +119,15 @@ def test_runs_on_the_current_stream(name):
 def test_opcheck(name):
     operator, args = call(name, SHAPE, torch.float32)
     opcheck(operator.name, *args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_as_out_of_place(dtype):
+    x, residual, weight = (randn(*size, dtype=dtype, seed=i) for i, size in enumerate([SHAPE, SHAPE, SHAPE[-1:]]))
+    with env.override("FUSEDOPS_BACKEND", "triton"):
+        wanted = fusedops.add_rms_norm(x, residual, weight)
+        fusedops.add_rms_norm_(x, residual, weight)
+    assert all(map(torch.equal, (x, residual), wanted))
 
 
 @needs_gpu

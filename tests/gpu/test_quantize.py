@@ -6,6 +6,7 @@ import torch
 import fusedops
 from fusedops._core import env
 from fusedops.ops.quantize import GRANULARITIES, reference
+from fusedops.ops.quantize_int4 import reference as four_bits
 from tests.gpu.common import DEVICE, randn, same_bits, sized
 from tests.ops.common import DTYPES
 
@@ -42,6 +43,16 @@ def test_every_bit_is_the_reference_s(granularity, code, dtype, shape):
     assert all(same_bits(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
     again, _ = quantize(x, code, granularity=granularity, scale=found[1])
     assert same_bits(again, found[0])
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("shape", sized([(4096, 4096), (300, 14337), (1, 1)], [(3, 300), (1, 1)]), ids=str)
+def test_every_4_bit_code_is_the_reference_s(shape, group, dtype):
+    weight = randn(*shape, dtype=dtype, seed=1)
+    found = fusedops.quantize_int4(weight, group_size=group)
+    wanted = four_bits.quantize_int4(weight.cpu(), group)
+    assert all(same_bits(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
 
 
 @EVERY_CODE

@@ -320,3 +320,15 @@ def test_wrong_input(name, call, error, message):
         reset_counters()
         with torch.set_grad_enabled(with_gradient):
             assert_rejected(lambda: call(layer), error, message)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@ONE_OF_EACH
+def test_torch_export(name, strict):
+    """A program of fusedops' operators, with no decision about values in it, and the layer's very result."""
+    layer, x = quantized(name, 24, 32), make_tensor((5, 32), torch.float32, seed=4)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,), strict=strict)
+        assert any(str(node.target).startswith("fusedops.") for node in program.graph.nodes)
+        assert torch.equal(program.module()(x), layer(x))
+        assert torch.equal(program.module()(2 * x), layer(2 * x))

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fusedops
 import fusedops.nn.functional as F
 from fusedops import counters
 from fusedops.testing import make_tensor, strategies
-from tests.ops.common import assert_compiles, gradients
+from tests.ops.common import assert_compiles, gradients, using
 
 torchs = torch.nn.functional.scaled_dot_product_attention
 ours = F.scaled_dot_product_attention
@@ -52,6 +53,34 @@ def test_causal_is_aligned_as_torch_aligns_it(leading, num_queries, num_keys, is
     """The first query with the first key, whatever the lengths, for any number of leading dimensions."""
     args = operands(*leading, num_queries=num_queries, num_keys=num_keys)
     assert_equals_torch(*args, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("dtype, num_queries, group, torchs_own", [
+    (torch.float32, 5, 1, True), (torch.float32, 5, 2, True), (torch.float32, 1, 1, True), (torch.float32, 1, 2, False),
+    (torch.float16, 1, 1, True), (torch.float16, 1, 2, False), (torch.float16, 5, 1, False),
+    (torch.bfloat16, 1, 1, False),
+])  # fmt: skip
+def test_torchs_own_runs_where_it_is_as_exact_and_as_fast(monkeypatch, dtype, num_queries, group, torchs_own):
+    """On the CPU without mask and gradients. It counts as our composition; one that is forced is not left."""
+    args = operands(2, 4, num_queries=num_queries, kv=(2, 4 // group), dtype=dtype)
+    ran = []
+
+    def seen(*args, **options):
+        ran.append("ours")
+        return fusedops.attention(*args, **options)
+
+    monkeypatch.setattr(F, "_attention", seen)
+    with torch.no_grad():
+        before = counters().get(("attention", "torch"), 0)
+        found = ours(*args, enable_gqa=group > 1)
+        assert counters()["attention", "torch"] == before + 1
+    assert ran == ([] if torchs_own else ["ours"])
+    if torchs_own:
+        assert torch.equal(found, torchs(*args, enable_gqa=group > 1)) and found.is_contiguous()
+    ran.clear()
+    with torch.no_grad(), using("reference"):
+        ours(*args, enable_gqa=group > 1)
+    assert ran == ["ours"]
 
 
 @st.composite

@@ -228,6 +228,7 @@ CASES = {
     "silu_mul_quantized": rowwise(fusedops.silu_mul_quantized, 2, emulated=("sm_80",)),
     "quantize_int8": rowwise(fusedops.quantize_int8, emulated=()),
     "quantize_fp8": rowwise(functools.partial(fusedops.quantize_fp8, granularity="block"), n=300, emulated=("sm_90a",)),
+    "quantize_int4": rowwise(functools.partial(fusedops.quantize_int4, group_size=32), emulated=()),
     "int8_matmul": Case(*scaled(fusedops.int8_matmul, torch.int8, 96, 1040, activation="silu"), many=(2, 65)),
     "fp8_matmul": Case(
         *scaled(fusedops.fp8_matmul, FP8, 96, 1040), many=(2, 65), differs=("triton", 65), emulated=("sm_90a",)

@@ -47,13 +47,13 @@ class Call:
         return reference.int8_matmul(a, b, *(scale.double() for scale in scales), *full.values())
 
     def budget(self, truth):
-        """The default, and of float32 what 1 + erf or tanh loses of 1: all there is, where the result is one number."""
-        if self.options["out_dtype"] != torch.float32 or self.options["activation"] not in ("gelu", "gelu_tanh"):
+        """The default, and what float32's 1 + erf or tanh loses of 1: all there is, where results are few numbers."""
+        if self.options["activation"] not in ("gelu", "gelu_tanh") or not truth.any():
             return None
         product = Call(self.op, self.args, {**self.options, "activation": None, "residual": None, "gated": False})
         size = product.truth().abs()
         lost = size[:, ::2] * size[:, 1::2] if self.options.get("gated") else size
-        return counted_budget(torch.float32, lost * torch.finfo(torch.float32).eps, truth) if truth.any() else None
+        return counted_budget(self.options["out_dtype"], lost * torch.finfo(torch.float32).eps, truth)
 
     def rows(self, chosen):
         """The same call on some rows of a."""

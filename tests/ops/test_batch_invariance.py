@@ -85,7 +85,7 @@ def test_short_ways_on_the_cpu_are_of_one_mode():
         with batch_invariant(on), torch.no_grad():
             assert (operator.direct(x) is None) == on
             fusedops.silu_mul(x, x)
-            assert (operator.ready((x, x)) is None) == on
+            assert (operator.again(x, x) is None) == on
 
 
 def test_blocks_nest_decorate_and_hold_for_every_thread():

@@ -36,9 +36,9 @@ def chosen(a, b, target="sm_90a", op="int8_matmul"):
 @pytest.mark.parametrize(
     ("a", "b", "target", "config"),
     [
-        (meta(4096, 4096), meta(4096, 4096), "sm_90a", "HopperConfig(block_n=256, num_stages=4)"),
-        (meta(128, 4096), meta(4096, 4096), "sm_90a", "HopperConfig(block_n=64, num_stages=6)"),
-        (meta(4096, 4096, FP8), meta(4096, 4096, FP8), "sm_90a", "HopperConfig(block_n=128, num_stages=6)"),
+        (meta(4096, 4096), meta(4096, 4096), "sm_90a", "HopperConfig(block_n=256, num_stages=4, group_m=8)"),
+        (meta(128, 4096), meta(4096, 4096), "sm_90a", "HopperConfig(block_n=64, num_stages=6, group_m=8)"),
+        (meta(4096, 4096, FP8), meta(4096, 4096, FP8), "sm_90a", "HopperConfig(block_n=128, num_stages=6, group_m=8)"),
         (meta(4096, 4096, stride=4112), meta(64, 4096), "sm_90a", "HopperConfig"),
         (meta(4096, 4096), meta(4096, 4096), "sm_80", "MatmulConfig(kernel='tile', block_m=128, block_n=128"),
         (meta(4096, 4096), meta(4096, 4096), "sm_100a", "MatmulConfig(kernel='tile'"),

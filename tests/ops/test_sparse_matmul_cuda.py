@@ -147,7 +147,7 @@ def test_every_default_fits_its_gpu(target):
         for columns in (1, 4096, 28672):
             tile = mma.default(rows, columns, device_limits)
             assert tile in mma.candidates()
-            assert all(tile.shared_bytes(dtype) <= device_limits.shared_memory for dtype in DTYPES)
+            assert all(tile.shared_bytes(dtype.itemsize) <= device_limits.shared_memory for dtype in DTYPES)
     # Many tiles; half of one in nine and of one in two empty; few tiles.
     sizes = [(4096, 4096), (1088, 28672), (192, 128_000), (65, 512)]
     chosen = [mma.default(*size, device_limits) for size in sizes]

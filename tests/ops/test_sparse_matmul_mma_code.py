@@ -191,7 +191,7 @@ def right(text, name, dtype, sizes, schedule="default"):
     grid = -(-M // TILE.block_m) * -(-N // TILE.block_n), 1, 1
     ptx.load(text).launch(
         name, grid, (128, 1, 1), [a, values, metadata, None, None, None, out, *map(bytes, numbers)],
-        shared=TILE.shared_bytes(dtype), schedule=schedule, read_only=(0, 1, 2),
+        shared=TILE.shared_bytes(dtype.itemsize), schedule=schedule, read_only=(0, 1, 2),
     )  # fmt: skip
     return torch.equal(out, truth.to(out_dtype))
 

@@ -1,5 +1,7 @@
 """weight_only_matmul: int8, float8 and 4-bit weights with scales of every kind."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -279,3 +281,21 @@ def test_operands_anywhere_in_memory(offset):
             operands[name] = tensor.new_empty(tensor.numel() + offset)[offset:].view(tensor.shape).copy_(tensor)
         with using("torch"):
             assert torch.equal(weight_only_matmul(**operands, scale=scale).float(), expected)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("tile", [(64, 64, 4), (128, 128, 8)], ids=str)
+@pytest.mark.parametrize("kind", ["int8 row", "fp8 row", "int4 symmetric"])
+def test_products_are_waited_for_before_their_weights_are_overwritten(kind, tile, monkeypatch):
+    """Hopper's many rows: weights lie in registers, which products read until they are waited for (the emulator looks).
+
+    A product that is left running into the next step was a fault with both formats of 8 bits.
+    """
+    kernels = importlib.import_module("fusedops.ops.weight_only_matmul._triton")
+    block_m, block_n, num_warps = tile
+    monkeypatch.setattr(kernels, "default", lambda *_: kernels.WeightOnlyConfig(block_m, block_n, 64, 1, num_warps, 3))
+    values, scale, zero = weight_of(kind, 96, 256, group=64)
+    x = make_tensor((65, 256), torch.bfloat16, seed=1)
+    with using("emulate-sm_90a"):
+        out = weight_only_matmul(x, values, scale, zero=zero)
+    assert_accurate(out, truth_of(x, values, scale, zero))

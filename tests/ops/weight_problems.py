@@ -63,20 +63,24 @@ def truth_of(x, values, scale, zero=None, bias=None, activation=None, residual=N
 
 
 def budget_of(implementation, x, values, scale, zero, truth, bias=None, activation=None):
-    """torch's product with int8 weights rounds to bfloat16 by itself: a rounding more, and one more before a scale.
+    """The default, and what is lost before the last rounding: all there is, where terms or 1 + erf or tanh cancel.
 
-    Of gated pairs what either of the two loses is multiplied by the other. Where 1 + erf or tanh cancel, float32 loses
-    the last bits of 1: all that there is, where the result is one number.
+    Sums of float32 lose half a bit of what their terms are together. torch's product with int8 weights rounds to
+    bfloat16 by itself: a rounding more, and one more before a scale. What either of a gated pair loses is multiplied by
+    the other.
     """
-    if x.dtype == torch.float32 and activation in ("gelu", "gelu_tanh") and truth.any():
-        pairs = truth_of(x, values, scale, zero, bias).abs()
-        lost = pairs[:, ::2] * pairs[:, 1::2] if truth.shape != pairs.shape else pairs
-        return counted_budget(x.dtype, lost * torch.finfo(x.dtype).eps, truth)
-    packed = x.dtype == torch.bfloat16 and values.dtype == torch.int8 and scale.dim() < 2
-    if implementation != "torch" or not packed or not truth.any():
+    if not truth.any():
         return None
-    lost = truth_of(x, values, scale, zero).abs() * torch.finfo(x.dtype).eps * 1.13  # slopes up to 1.13
-    if truth.shape != lost.shape:
-        pairs = truth_of(x, values, scale, zero, bias).abs()
-        lost = lost[:, ::2] * pairs[:, 1::2] + lost[:, 1::2] * pairs[:, ::2]
+    product, slope = truth_of(x, values, scale, zero, bias).abs(), 1.13  # of the steepest activation
+    lost = torch.zeros_like(product)
+    if x.dtype == torch.float32:
+        terms = reference.dequantized(values, wide(scale), zero, x.shape[-1], torch.float64).abs()
+        lost += x.double().abs() @ terms.T * torch.finfo(x.dtype).eps / 2
+    if implementation == "torch" and x.dtype == torch.bfloat16 and values.dtype == torch.int8 and scale.dim() < 2:
+        lost += truth_of(x, values, scale, zero).abs() * torch.finfo(x.dtype).eps
+    lost *= slope
+    if activation in ("gelu", "gelu_tanh"):
+        lost += product * torch.finfo(torch.float32).eps
+    if truth.shape != product.shape:
+        lost = lost[:, ::2] * product[:, 1::2] + lost[:, 1::2] * product[:, ::2]
     return counted_budget(x.dtype, lost, truth)

@@ -126,8 +126,13 @@ class Kernel:
             device = next(argument for argument in arguments if isinstance(argument, torch.Tensor)).device
         index = torch.cuda.current_device() if device.index is None else device.index
         function = self._functions.get(index) or self._load(index)
-        content = self._packed(arguments)
-        function.launch(grid, block, content, shared, cluster, current_stream(index))
+        layout = self._layout or self._lay_out(arguments)
+        try:
+            function.launch(grid, block, layout, _values(arguments), shared, cluster, current_stream(index))
+        except struct.error as error:
+            raise ValueError(
+                f"{self.source}: {self.symbol} must be launched with the types of its first launch ({error})"
+            ) from error
 
     def _load(self, index):
         with _lock:
@@ -135,16 +140,10 @@ class Kernel:
             function = self._functions[index] = driver.Function(module, self.symbol, index)
         return function
 
-    def _packed(self, arguments):
-        """The parameters as C lays them out; a kernel's have the same types in every launch."""
-        if self._layout is None:
-            self._layout = driver.structure([self._format(argument) for argument in arguments])
-        try:
-            return self._layout.pack(*_values(arguments))
-        except struct.error as error:
-            raise ValueError(
-                f"{self.source}: {self.symbol} must be launched with the types of its first launch ({error})"
-            ) from error
+    def _lay_out(self, arguments):
+        """How C lays out the parameters; a kernel's have the same types in every launch."""
+        self._layout = driver.structure([self._format(argument) for argument in arguments])
+        return self._layout
 
     def _format(self, argument):
         if argument is None or isinstance(argument, torch.Tensor):

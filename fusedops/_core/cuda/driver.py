@@ -48,11 +48,33 @@ class _Packed(ctypes.Structure):
 
     _fields_ = [
         ("buffer", ctypes.c_void_p),
-        ("content", ctypes.c_char_p),
+        ("content", ctypes.c_void_p),
         ("size", ctypes.c_void_p),
         ("count", ctypes.c_void_p),
         ("end", ctypes.c_void_p),
     ]
+
+
+_SIZES = struct.Struct("=7I4xQ")  # the start of a Config: grid, block, shared memory, stream
+
+
+class _Memory:
+    """What the driver reads of a launch, at addresses that stay: only numbers are written for each.
+
+    Attributes:
+        config: The Config, which begins with what `_SIZES` packs.
+        content: The kernel's parameters as C lays them out.
+        places: Addresses of the Config and of the `extra`.
+    """
+
+    def __init__(self, size, cluster):
+        self._attribute = Attribute(id=_CLUSTER_DIMENSION, cluster=cluster)
+        self._count = ctypes.c_size_t(size)
+        self.config = Config(attributes=ctypes.pointer(self._attribute), num_attributes=int(cluster != (1, 1, 1)))
+        self.content = ctypes.create_string_buffer(size)
+        addresses = ctypes.addressof(self.content), ctypes.addressof(self._count)
+        self._packed = _Packed(_BUFFER_POINTER, addresses[0], _BUFFER_SIZE, addresses[1], None)
+        self.places = [ctypes.c_void_p(ctypes.addressof(one)) for one in (self.config, self._packed)]
 
 
 @functools.cache
@@ -62,9 +84,6 @@ def library():
         found = ctypes.CDLL(LIBRARY)
     except OSError as error:
         raise RuntimeError(f"no NVIDIA driver ({error})") from error
-    number, pointer = ctypes.c_uint, ctypes.c_void_p
-    found.cuLaunchKernel.argtypes = (pointer, *(number,) * 7, pointer, pointer, ctypes.POINTER(_Packed))
-    found.cuLaunchKernelEx.argtypes = (ctypes.POINTER(Config), pointer, pointer, ctypes.POINTER(_Packed))
     check(found.cuInit(0), "cuInit", found)
     return found
 
@@ -127,26 +146,32 @@ class Function:
         with _loading(index) as driver:
             status = driver.cuModuleGetFunction(ctypes.byref(self._function), module, symbol.encode())
             check(status, f"cuModuleGetFunction {symbol}")
-        self._launch, self._launch_cluster = driver.cuLaunchKernel, driver.cuLaunchKernelEx
+        self._launch = driver.cuLaunchKernelEx
+        self._free = {}  # by cluster: the memory of launches that are over
 
-    def launch(self, grid, block, content, shared, cluster, stream):
-        """Launch on a stream; `content` holds the kernel's parameters as C lays them out."""
+    def launch(self, grid, block, layout, values, shared, cluster, stream):
+        """Launch on a stream; `layout` is the `struct.Struct` of the kernel's parameters.
+
+        Raises:
+            struct.error: a value is not of the type that the layout has in its place.
+        """
         if shared > self._shared:
             self._allow(shared)
-        count = ctypes.c_size_t(len(content))
-        packed = _Packed(_BUFFER_POINTER, content, _BUFFER_SIZE, ctypes.addressof(count), None)
-        if cluster != (1, 1, 1):
-            attribute = Attribute(id=_CLUSTER_DIMENSION, cluster=cluster)
-            config = Config(grid, block, shared, stream, ctypes.pointer(attribute), 1)
-            call, arguments = self._launch_cluster, (config, self._function, None, packed)
-        else:
-            call, arguments = self._launch, (self._function, *grid, *block, shared, stream, None, packed)
-        status = call(*arguments)
+        free = self._free.setdefault(cluster, [])
+        try:
+            memory = free.pop()  # nobody else has it then: another thread, or what runs when something is collected
+        except IndexError:
+            memory = _Memory(layout.size, cluster)
+        _SIZES.pack_into(memory.config, 0, *grid, *block, shared, stream)
+        layout.pack_into(memory.content, 0, *values)
+        config, extra = memory.places
+        status = self._launch(config, self._function, None, extra)
         if status == _INVALID_CONTEXT and not _current_context():  # a thread in which torch has not used a GPU yet
             _make_current(self._index)
-            status = call(*arguments)
+            status = self._launch(config, self._function, None, extra)
+        free.append(memory)
         if status:
-            check(status, "cuLaunchKernel")
+            check(status, "cuLaunchKernelEx")
 
     def _allow(self, shared):
         with _loading(self._index) as driver:

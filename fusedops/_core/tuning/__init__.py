@@ -61,7 +61,7 @@ class Tunable:
         space: Parameter to its values, in the order in which they are tried.
         fits: Function (config, *fields, limits) that says whether a configuration is legal: the device holds it and
             the kernel takes it.
-        source: ``__file__`` of the module that holds the kernel.
+        source: ``__file__`` of the module that holds the kernel, or several such paths: see `key.source_hash`.
         complete: Function (config, *fields, limits) that computes the parameters that follow from the tuned ones.
     """
 
@@ -72,7 +72,7 @@ class Tunable:
         self.sizes, self.flags, self.also = tuple(sizes), tuple(flags), tuple(also)
         self.space = space
         self._fits = fits
-        self._source = source
+        self._sources = (source,) if isinstance(source, str) else tuple(source)
         self._complete = complete
         self._resolved = {}
         _TUNABLES[name] = self
@@ -149,7 +149,7 @@ class Tunable:
         return {
             "environment": environment(device_limits),
             "op": self.name,
-            "source": source_hash(self._source),
+            "source": source_hash(*self._sources),
             "space": digest({name: [plain(value) for value in values] for name, values in self.space.items()}),
             "sizes": dict(zip(self.sizes, map(bucket, fields[:split]))),
             "flags": flags,

@@ -97,12 +97,19 @@ def environment(limits):
 
 
 @functools.cache
-def source_hash(path):
-    """A hash of the code of a kernel: its file, or its folder where that is a package, and what kernels share."""
-    path = Path(path)
-    files = sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
-    shared = [Path(__file__).parents[1] / name for name in _SHARED]
+def source_hash(*paths):
+    """A hash of the code of a kernel, and of what kernels share.
+
+    A path is a Python file, of a package's ``__init__.py`` its folder's files, or a CUDA source with its headers.
+    """
+    files = [file for path in map(Path, paths) for file in _files_of(path)]
     hashed = hashlib.sha256()
-    for file in (*files, *shared):
+    for file in (*files, *(Path(__file__).parents[1] / name for name in _SHARED)):
         hashed.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return hashed.hexdigest()[:32]
+
+
+def _files_of(path):
+    if path.suffix == ".cu":
+        return [path, *sorted(path.parent.glob("*.cuh"))]
+    return sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]

@@ -1,6 +1,6 @@
 """Scaled dot-product attention on contiguous keys, in batches or packed, and the merge of two parts."""
 
-from fusedops._core import checks, env
+from fusedops._core import checks
 from fusedops.ops.attention import _options, _registered
 from fusedops.ops.attention._options import (  # noqa: F401 - limits, and what the paged operator checks likewise
     MAX_D,
@@ -64,17 +64,17 @@ def attention(
     From: Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022,
         https://arxiv.org/abs/2205.14135
     """
-    options = _options.arguments("attention", q, softmax_scale, causal, window_size, softcap)
-    mask = _options.four_dims(mask)
-    args = q, k, v, sinks, alibi_slopes, mask, q_scale, k_scale, v_scale, *options
-    run = _registered.attention.ready(args)
-    if run is None:
-        sizes = checks.bind_shapes("attention", q=(q, "B Sq H D"), k=(k, "B Sk Hk D"), v=(v, "B Sk Hk Dv"))
-        tables = sinks, alibi_slopes, q_scale, k_scale, v_scale
-        _options.check("attention", {"q": q, "k": k, "v": v}, sizes, sizes["B"], *tables, options)
-        _options.check_mask("attention", mask, q, sizes)
-        run = _registered.attention
-    out, lse = run(*args)
+    given = q, k, v, sinks, alibi_slopes, mask, q_scale, k_scale, v_scale, softmax_scale, causal, window_size, softcap
+    operator = _registered.attention
+    done = operator.again(*given) if return_lse else operator.again_first(*given)
+    if done is not None:
+        return done
+    args = _options.of_attention(*given)
+    sizes = checks.bind_shapes("attention", q=(q, "B Sq H D"), k=(k, "B Sk Hk D"), v=(v, "B Sk Hk Dv"))
+    tables = sinks, alibi_slopes, q_scale, k_scale, v_scale
+    _options.check("attention", {"q": q, "k": k, "v": v}, sizes, sizes["B"], *tables, args[9:])
+    _options.check_mask("attention", args[5], q, sizes)
+    out, lse = operator(*args)
     return (out, lse) if return_lse else out
 
 
@@ -112,22 +112,22 @@ def attention_varlen(
     From: Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022,
         https://arxiv.org/abs/2205.14135
     """
-    options = _options.arguments("attention_varlen", q, softmax_scale, causal, window_size, softcap)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    args = q, k, v, *lengths, sinks, alibi_slopes, None, q_scale, k_scale, v_scale, *options
-    run = (
-        None if env.validate() == 2 else _registered.attention_varlen.ready(args)
-    )  # level 2 reads every call's lengths
-    if run is None:
-        sizes = checks.bind_shapes(
-            "attention_varlen", q=(q, "Tq H D"), k=(k, "Tk Hk D"), v=(v, "Tk Hk Dv"),
-            cu_seqlens_q=(cu_seqlens_q, "B+1"), cu_seqlens_k=(cu_seqlens_k, "B+1"),
-        )  # fmt: skip
-        _options.check_lengths("attention_varlen", sizes, *lengths)
-        tables = sinks, alibi_slopes, q_scale, k_scale, v_scale
-        _options.check("attention_varlen", {"q": q, "k": k, "v": v}, sizes, sizes["B+1"] - 1, *tables, options)
-        run = _registered.attention_varlen
-    out, lse = run(*args)
+    scales = q_scale, k_scale, v_scale
+    given = q, k, v, *lengths, sinks, alibi_slopes, None, *scales, softmax_scale, causal, window_size, softcap
+    operator = _registered.attention_varlen
+    done = operator.again(*given) if return_lse else operator.again_first(*given)
+    if done is not None:
+        return done
+    args = _options.of_attention_varlen(*given)
+    sizes = checks.bind_shapes(
+        "attention_varlen", q=(q, "Tq H D"), k=(k, "Tk Hk D"), v=(v, "Tk Hk Dv"), cu_seqlens_q=(cu_seqlens_q, "B+1"),
+        cu_seqlens_k=(cu_seqlens_k, "B+1"),
+    )  # fmt: skip
+    _options.check_lengths("attention_varlen", sizes, *lengths)
+    tables = sinks, alibi_slopes, *scales
+    _options.check("attention_varlen", {"q": q, "k": k, "v": v}, sizes, sizes["B+1"] - 1, *tables, args[13:])
+    out, lse = operator(*args)
     return (out, lse) if return_lse else out
 
 
@@ -154,9 +154,9 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     From: Ye et al., "Cascade Inference", 2024, https://flashinfer.ai/2024/02/02/cascade-inference.html
     """
     args = out_a, lse_a, out_b, lse_b
-    run = _registered.merge_attention.ready(args)
-    if run is not None:
-        return run(*args)
+    done = _registered.merge_attention.again(*args)
+    if done is not None:
+        return done
     checks.bind_shapes(
         "merge_attention", out_a=(out_a, "... S H Dv"), lse_a=(lse_a, "... H S"), out_b=(out_b, "... S H Dv"),
         lse_b=(lse_b, "... H S"),

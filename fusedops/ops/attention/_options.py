@@ -26,6 +26,21 @@ def arguments(op, q, softmax_scale, causal, window_size, softcap):
     return softmax_scale, causal, left, -1 if causal else right, softcap
 
 
+def of_attention(q, k, v, sinks, alibi_slopes, mask, q_scale, k_scale, v_scale, softmax_scale, causal, window_size,
+                 softcap):  # fmt: skip
+    """The registered operator's arguments, of the public function's."""
+    options = arguments("attention", q, softmax_scale, causal, window_size, softcap)
+    return q, k, v, sinks, alibi_slopes, four_dims(mask), q_scale, k_scale, v_scale, *options
+
+
+def of_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, alibi_slopes, mask,
+                        q_scale, k_scale, v_scale, softmax_scale, causal, window_size, softcap):  # fmt: skip
+    """The registered operator's arguments, of the public function's."""
+    options = arguments("attention_varlen", q, softmax_scale, causal, window_size, softcap)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return q, k, v, *lengths, sinks, alibi_slopes, mask, q_scale, k_scale, v_scale, *options
+
+
 def four_dims(mask):
     """A mask with the leading dimensions that it leaves out, each of size 1."""
     if isinstance(mask, torch.Tensor) and mask.dim() < 4:

@@ -3,6 +3,7 @@
 import torch
 
 from fusedops._core.register import register
+from fusedops.ops.attention import _options
 
 PACKAGE = __name__.rpartition(".")[0]
 IMPLEMENTATIONS = ("triton", "torch", "reference")
@@ -133,6 +134,7 @@ attention = register(
     backward=_backward,
     cost=_cost,
     example=_example,
+    arguments=_options.of_attention,
 )
 attention_backward = register(
     f"attention_backward({_GRADS}, {_QKV}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -149,6 +151,7 @@ attention_varlen = register(
     backward=_backward_varlen,
     cost=_cost_varlen,
     example=_example_varlen,
+    arguments=_options.of_attention_varlen,
 )
 attention_varlen_backward = register(
     f"attention_varlen_backward({_GRADS}, {_QKV}, Tensor out, Tensor lse, {_LENGTHS}, {_OPTIONS})"

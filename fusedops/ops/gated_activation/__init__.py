@@ -36,9 +36,9 @@ def silu_mul(gate, up, *, out=None):
     From: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
     """
     args = gate, up
-    run = _silu_mul.ready(args) if out is None else None
-    if run is not None:
-        return run(*args)
+    done = _silu_mul.again(*args) if out is None else None
+    if done is not None:
+        return done
     _check("silu_mul", gate, up, out)
     return _silu_mul(*args, out=out)
 
@@ -68,9 +68,9 @@ def silu_mul_quantized(gate, up, *, dtype=torch.int8):
     From: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
     """
     args = gate, up, dtype
-    run = _silu_mul_quantized.ready(args)
-    if run is not None:
-        return run(*args)
+    done = _silu_mul_quantized.again(*args)
+    if done is not None:
+        return done
     _check("silu_mul_quantized", gate, up, None)
     checks.check_dtype("silu_mul_quantized", dtype, codes.DTYPES)
     return _silu_mul_quantized(*args)
@@ -105,9 +105,9 @@ def gelu_mul(gate, up, *, approximate="none", out=None):
     From: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
     """
     args = gate, up, approximate
-    run = _gelu_mul.ready(args) if out is None else None
-    if run is not None:
-        return run(*args)
+    done = _gelu_mul.again(*args) if out is None else None
+    if done is not None:
+        return done
     _check("gelu_mul", gate, up, out)
     if env.validate():
         checks.check_choice("gelu_mul", "approximate", approximate, APPROXIMATIONS)

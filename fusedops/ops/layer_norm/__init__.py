@@ -37,9 +37,9 @@ def layer_norm(x, weight, bias=None, eps=1e-5, *, out=None):
     From: Ba, Kiros and Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
     """
     args = x, weight, bias, eps
-    run = _layer_norm.ready(args) if out is None else None
-    if run is not None:
-        return run(*args)
+    done = _layer_norm.again(*args) if out is None else None
+    if done is not None:
+        return done
     _check("layer_norm", weight, bias, eps, x=x)
     if out is not None:
         checks.check_out("layer_norm", out, x, x=x, weight=weight, bias=bias)
@@ -69,9 +69,9 @@ def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
     From: Ba, Kiros and Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
     """
     args = x, residual, weight, bias, eps
-    run = _add_layer_norm.ready(args)
-    if run is not None:
-        return run(*args)
+    done = _add_layer_norm.again(*args)
+    if done is not None:
+        return done
     _check("add_layer_norm", weight, bias, eps, x=x, residual=residual)
     return _add_layer_norm(*args)
 

@@ -2,7 +2,6 @@
 
 import torch
 
-from fusedops._core import env
 from fusedops._core.register import register
 from fusedops.ops.attention import arguments
 from fusedops.ops.paged_attention import _checks
@@ -61,18 +60,30 @@ def paged_attention(
     From: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023,
         https://arxiv.org/abs/2309.06180
     """
-    options = *arguments("paged_attention", q, softmax_scale, causal, window_size, softcap), num_splits
     max_seqlen_q = 1 if cu_seqlens_q is None else max_seqlen_q
-    args = (
+    again = _paged_attention.again if return_lse else _paged_attention.again_first
+    done = again(
         q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, sinks, alibi_slopes, k_scale,
-        v_scale, tree_mask, *options,
+        v_scale, tree_mask, softmax_scale, causal, window_size, softcap, num_splits,
     )  # fmt: skip
-    run = None if env.validate() == 2 else _paged_attention.ready(args)  # level 2 reads every call's lengths
-    if run is None:
-        _checks.check_arguments(*args)
-        run = _paged_attention
-    out, lse = run(*args)
+    if done is not None:
+        return done
+    args = _arguments(
+        q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, sinks, alibi_slopes, k_scale,
+        v_scale, tree_mask, softmax_scale, causal, window_size, softcap, num_splits,
+    )  # fmt: skip
+    _checks.check_arguments(*args)
+    out, lse = _paged_attention(*args)
     return (out, lse) if return_lse else out
+
+
+def _arguments(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, sinks, alibi_slopes,
+               k_scale, v_scale, tree_mask, softmax_scale, causal, window_size, softcap, num_splits):  # fmt: skip
+    """The registered operator's arguments, of the public function's."""
+    tensors = sinks, alibi_slopes, k_scale, v_scale, tree_mask
+    options = arguments("paged_attention", q, softmax_scale, causal, window_size, softcap)
+    queries = cu_seqlens_q, max_seqlen_q
+    return q, k_cache, v_cache, block_table, cache_seqlens, *queries, *tensors, *options, num_splits
 
 
 def _fake(q, k_cache, v_cache, *rest):
@@ -110,4 +121,5 @@ _paged_attention = register(
     fake=_fake,
     cost=_cost,
     example=_example,
+    arguments=_arguments,
 )

@@ -49,9 +49,9 @@ def quantize_int8(x, *, granularity="row", scale=None):
     if scale is not None:
         _check("quantize_int8", x, granularity, scale)
         return _quantize_scaled(x, scale, granularity, torch.int8), scale
-    run = _quantize_int8.ready(args)
-    if run is not None:
-        return run(*args)
+    done = _quantize_int8.again(*args)
+    if done is not None:
+        return done
     _check("quantize_int8", x, granularity)
     return _quantize_int8(*args)
 
@@ -84,9 +84,9 @@ def quantize_fp8(x, *, granularity="row", dtype=torch.float8_e4m3fn, scale=None)
     if scale is not None:
         _check("quantize_fp8", x, granularity, scale, dtype)
         return _quantize_scaled(x, scale, granularity, dtype), scale
-    run = _quantize_fp8.ready(args)
-    if run is not None:
-        return run(*args)
+    done = _quantize_fp8.again(*args)
+    if done is not None:
+        return done
     _check("quantize_fp8", x, granularity, dtype=dtype)
     return _quantize_fp8(*args)
 

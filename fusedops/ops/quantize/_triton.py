@@ -13,6 +13,7 @@ from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
 from fusedops._core.tl import encoded, inverse_of, largest_bits, row_offsets, scale_of, size_bits
+from fusedops._core.tuning import Tunable
 from fusedops.ops.quantize import BLOCK, scale_shape
 
 
@@ -134,14 +135,47 @@ def default(granularity, columns):
     return rows.RowConfig(TILE // block_n, block_n, NUM_WARPS)
 
 
-def config(op, device_limits, *args):
+def _fits(tile, columns, granularity, device_limits):
+    """Whether the parts are what share a scale, and a thread has wide accesses and registers for its values."""
+    values = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    wanted = {"block": (tile.block_m, BLOCK), "block_2d": (BLOCK, BLOCK)}.get(granularity, (tile.block_m, tile.block_n))
+    return (
+        (tile.block_m, tile.block_n) == wanted
+        and tile.block_n < 2 * max(columns, BLOCK)
+        and rows.MIN_VALUES <= values <= rows.MAX_VALUES
+    )
+
+
+# Maxima are exact in any order and elements are quantised alone: a result has the same bits whatever the tables say.
+ROWS = rows.tunable("quantize_rows", __file__, ("dtype", "codes", "given"))
+PARTS = Tunable(
+    "quantize_parts",
+    default=lambda columns, granularity, device_limits: default(granularity, columns),
+    sizes=("columns",),
+    flags=("granularity",),
+    also=("dtype", "codes", "given"),
+    space={"block_m": (1, 2, 4, 8, 16, 32, 64, 128), "block_n": (128, 1024, 2048, 4096, 8192),
+           "num_warps": (1, 2, 4, 8, 16)},
+    fits=_fits,
+    source=__file__,
+)  # fmt: skip
+
+
+def config(op, device_limits, x, *args):
     """The configuration of one call."""
     if op == "quantize_scaled":
-        x, scale, granularity, _ = args
-        granularity = "tensor" if scale.numel() == 1 else granularity
-    else:
-        x, granularity = args[:2]
-    return default(granularity, x.numel() if granularity == "tensor" and x.is_contiguous() else x.shape[-1])
+        scale, granularity, dtype = args
+        return _tile(device_limits, x, "tensor" if scale.numel() == 1 else granularity, dtype, True)
+    granularity, dtype = args if op == "quantize_fp8" else (*args, torch.int8)
+    return _tile(device_limits, x, granularity, dtype, False)
+
+
+def _tile(device_limits, x, granularity, dtype, given):
+    columns = x.numel() if granularity == "tensor" and x.is_contiguous() else x.shape[-1]
+    also = x.dtype, dtype, given
+    if granularity == "row":
+        return ROWS.choose(device_limits, (columns,), also)
+    return PARTS.choose(device_limits, (columns, granularity), also)
 
 
 def quantize_int8(x, granularity):
@@ -155,12 +189,13 @@ def quantize_fp8(x, granularity, dtype):
     scale = x.new_empty(scale_shape(x.shape, granularity), dtype=torch.float32)
     if not x.numel():
         return values, scale.fill_(codes.LEAST_SCALE)
+    tile = _tile(limits(x.device), x, granularity, dtype, False)
     if granularity == "block_2d":
-        _launch_2d(x, None, values, scale)
+        _launch_2d(tile, x, None, values, scale)
     elif granularity == "tensor":
-        _launch(x, _largest_values(x), values, scale, granularity, "all")
+        _launch(tile, x, _largest_values(tile, x), values, scale, granularity, "all")
     else:
-        _launch(x, None, values, scale, granularity, "own")
+        _launch(tile, x, None, values, scale, granularity, "own")
     return values, scale
 
 
@@ -170,12 +205,12 @@ def quantize_scaled(x, scale, granularity, dtype):
     if not x.numel():
         return values
     scale = scale.contiguous()
-    if scale.numel() == 1:
-        _launch(x, scale, values, None, "tensor", "one")
-    elif granularity == "block_2d":
-        _launch_2d(x, scale, values, None)
+    granularity = "tensor" if scale.numel() == 1 else granularity
+    tile = _tile(limits(x.device), x, granularity, dtype, True)
+    if granularity == "block_2d":
+        _launch_2d(tile, x, scale, values, None)
     else:
-        _launch(x, scale, values, None, granularity, "each")
+        _launch(tile, x, scale, values, None, granularity, "one" if granularity == "tensor" else "each")
     return values
 
 
@@ -187,9 +222,8 @@ def _layout(x, granularity):
     return x, num_rows, x.shape[-1], inner, strides
 
 
-def _launch(x, given, values, scale, granularity, kind):
+def _launch(tile, x, given, values, scale, granularity, kind):
     x, num_rows, columns, inner, strides = _layout(x, granularity)
-    tile = default(granularity, columns)
     parts = 1 if granularity == "row" else ceil_div(columns, tile.block_n)
     stored, code, by_integers = codes.as_stored(values)
     num_given = given.numel() if kind == "all" else 0
@@ -203,10 +237,9 @@ def _launch(x, given, values, scale, granularity, kind):
     _quantize(grid, (x, given, stored, scale), numbers, constants, tile.num_warps)
 
 
-def _largest_values(x):
+def _largest_values(tile, x):
     """The largest values of as many parts of x as there are programs, as bits."""
     x, num_rows, columns, inner, strides = _layout(x, "tensor")
-    tile = default("tensor", columns)
     parts = ceil_div(columns, tile.block_n)
     tiles = ceil_div(num_rows, tile.block_m) * parts
     programs = min(tiles, PROGRAMS_PER_SM * limits(x.device).sm_count)
@@ -217,14 +250,15 @@ def _largest_values(x):
     return tops
 
 
-def _launch_2d(x, given, values, scale):
+def _launch_2d(tile, x, given, values, scale):
     n, k = x.shape[-2:]
     (x,), (num_rows, inner, strides) = rows.stridable(x)
     stored, code, by_integers = codes.as_stored(values)
     blocks_n, blocks_k = ceil_div(n, BLOCK), ceil_div(k, BLOCK)
     constants = {"HAS_SCALE": given is not None, "CODE": code, "BY_INTEGERS": by_integers, "BLOCK_N": BLOCK}
     numbers = (*strides, n, k, inner, blocks_n, blocks_k)
-    _quantize_2d((num_rows // n * blocks_n * blocks_k, 1, 1), (x, given, stored, scale), numbers, constants, WARPS_2D)
+    grid = num_rows // n * blocks_n * blocks_k, 1, 1
+    _quantize_2d(grid, (x, given, stored, scale), numbers, constants, tile.num_warps)
 
 
 def examples(dtype, target):

@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedops._core.device import limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div
+from fusedops._core.tuning import Tunable
 
 ZERO_STEPS = tl.constexpr(16.0)  # of a code, that zeros are counted in
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no fraction bits, rounded to nearest even
@@ -92,9 +94,27 @@ def _default(group_size):
     return Int4Config(4096 // group_size)
 
 
-def config(op, device_limits, *args):
+def _fits(tile, group_size, device_limits):
+    """Whether a thread has wide accesses, and registers for its values and what three searches keep of them."""
+    return 8 <= tile.block_g * group_size // (32 * tile.num_warps) <= 64
+
+
+# A group is quantised alone, and its extremes are exact in any order: results have the same bits.
+TILE = Tunable(
+    "quantize_int4",
+    default=lambda group_size, device_limits: _default(group_size),
+    sizes=(),
+    flags=("group_size",),
+    also=("dtype",),
+    space={"block_g": (8, 16, 32, 64, 128, 256), "num_warps": (1, 2, 4, 8)},
+    fits=_fits,
+    source=__file__,
+)
+
+
+def config(op, device_limits, weight, group_size):
     """The configuration of one call."""
-    return _default(args[1])
+    return TILE.choose(device_limits, (group_size,), (weight.dtype,))
 
 
 def quantize_int4(weight, group_size):
@@ -104,7 +124,7 @@ def quantize_int4(weight, group_size):
     values = weight.new_empty(N, num_stored, dtype=torch.uint8)
     scale, zero = weight.new_empty(N, num_groups), weight.new_empty(N, num_groups, dtype=torch.uint8)
     if weight.numel():
-        tile = _default(group_size)
+        tile = config("quantize_int4", limits(weight.device), weight, group_size)
         _quantize_int4_kernel[(ceil_div(N * num_groups, tile.block_g),)](
             weight, values, scale, zero, weight.stride(0), N, K, num_groups, num_stored,
             GROUP=group_size, BLOCK_G=tile.block_g, num_warps=tile.num_warps,

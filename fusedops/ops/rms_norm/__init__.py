@@ -40,9 +40,9 @@ def rms_norm(x, weight, eps=1e-6, *, weight_offset=0.0, rounding="once", out=Non
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
     args = x, weight, eps, weight_offset, rounding
-    run = _rms_norm.ready(args) if out is None else None
-    if run is not None:
-        return run(*args)
+    done = _rms_norm.again(*args) if out is None else None
+    if done is not None:
+        return done
     _check("rms_norm", weight, eps, rounding, x=x)
     if out is not None:
         checks.check_out("rms_norm", out, x, x=x, weight=weight)
@@ -72,9 +72,9 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, weight_offset=0.0, rounding="
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
     args = x, residual, weight, eps, weight_offset, rounding
-    run = _add_rms_norm.ready(args)
-    if run is not None:
-        return run(*args)
+    done = _add_rms_norm.again(*args)
+    if done is not None:
+        return done
     _check("add_rms_norm", weight, eps, rounding, x=x, residual=residual)
     return _add_rms_norm(*args)
 
@@ -130,9 +130,9 @@ def rms_norm_quantized(x, weight, eps=1e-6, *, dtype=torch.int8, weight_offset=0
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
     args = x, weight, eps, weight_offset, rounding, dtype
-    run = _rms_norm_quantized.ready(args)
-    if run is not None:
-        return run(*args)
+    done = _rms_norm_quantized.again(*args)
+    if done is not None:
+        return done
     _check("rms_norm_quantized", weight, eps, rounding, x=x)
     checks.check_dtype("rms_norm_quantized", dtype, codes.DTYPES)
     return _rms_norm_quantized(*args)
@@ -163,9 +163,9 @@ def add_rms_norm_quantized(x, residual, weight, eps=1e-6, *, dtype=torch.int8, w
     From: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467
     """
     args = x, residual, weight, eps, weight_offset, rounding, dtype
-    run = _add_rms_norm_quantized.ready(args)
-    if run is not None:
-        return run(*args)
+    done = _add_rms_norm_quantized.again(*args)
+    if done is not None:
+        return done
     _check("add_rms_norm_quantized", weight, eps, rounding, x=x, residual=residual)
     checks.check_dtype("add_rms_norm_quantized", dtype, codes.DTYPES)
     return _add_rms_norm_quantized(*args)

@@ -36,9 +36,9 @@ def rotary(q, k, cos, sin, *, interleaved=False):
         https://arxiv.org/abs/2104.09864
     """
     args = q, k, cos, sin, interleaved
-    run = _rotary.ready(args)
-    if run is not None:
-        return run(*args)
+    done = _rotary.again(*args)
+    if done is not None:
+        return done
     sizes = checks.bind_shapes("rotary", q=(q, "B S H D"), k=(k, "B S Hk D"), cos=(cos, "C S R"), sin=(sin, "C S R"))
     checks.check_float("rotary", q=q, k=k)
     checks.check_parameter("rotary", q, cos=cos, sin=sin)

@@ -19,6 +19,7 @@ from fusedops._core.device import KIB, MIN_FP8_CAPABILITY, limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
+from fusedops._core.scales import row_kind
 from fusedops._core.tl import float8_as_half, take_bytes
 from fusedops._core.tl_epilogue import finish, sum_of_parts
 from fusedops._core.tuning import Tunable
@@ -244,16 +245,11 @@ TILE = Tunable(
 )
 
 
-def _kind(scale):
-    """The kind of a scale: "one" for all, "row" for one each, "none"."""
-    return "none" if scale is None else "row" if scale.numel() > 1 else "one"
-
-
 def config(op, device_limits, a, values, metadata, scale_a, scale_b, bias, out_dtype, activation):
     """The configuration of one call."""
     rows, K = a.shape
     M = min(rows, FEW_ROWS) if invariance.enabled() else rows
-    also = a.dtype, out_dtype, _kind(scale_a), _kind(scale_b), bias is not None, activation
+    also = a.dtype, out_dtype, row_kind(scale_a), row_kind(scale_b), bias is not None, activation
     expand = _expands(a.dtype, device_limits)
     return TILE.choose(device_limits, (M, values.shape[0], K, a.element_size(), expand), also)
 
@@ -267,7 +263,7 @@ def sparse_matmul(a, values, metadata, scale_a, scale_b, bias, out_dtype, activa
     """Launch the product, and the sum over its parts where there are several."""
     (M, K), N = a.shape, values.shape[0]
     if M > INVARIANT_ROWS and invariance.enabled():
-        scales = [scale_a] * M if _kind(scale_a) != "row" else scale_a.split(INVARIANT_ROWS)
+        scales = [scale_a] * M if row_kind(scale_a) != "row" else scale_a.split(INVARIANT_ROWS)
         parts = zip(a.split(INVARIANT_ROWS), scales)
         return torch.cat(
             [sparse_matmul(x, values, metadata, scale, scale_b, bias, out_dtype, activation) for x, scale in parts]
@@ -278,7 +274,7 @@ def sparse_matmul(a, values, metadata, scale_a, scale_b, bias, out_dtype, activa
     device_limits = limits(a.device)
     given = a, values, metadata, scale_a, scale_b, bias, out_dtype, activation
     tile = config("sparse_matmul", device_limits, *given)
-    kinds = {"ACTIVATION": activation or "none", "SCALE_A": _kind(scale_a), "SCALE_B": _kind(scale_b)}
+    kinds = {"ACTIVATION": activation or "none", "SCALE_A": row_kind(scale_a), "SCALE_B": row_kind(scale_b)}
     expand = _expands(a.dtype, device_limits)
     if expand:
         a, values = a.view(torch.uint8), values.view(torch.uint8)

@@ -17,7 +17,7 @@ from fusedops._core.device import KIB, MIN_FP8_CAPABILITY, limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
-from fusedops._core.tl import activate, paired_rows, split_columns, split_paired_rows, times
+from fusedops._core.tl import activate, paired_rows, settled, split_columns, split_paired_rows, times
 from fusedops._core.tuning import Tunable
 from fusedops.ops.weight_only_matmul._groups import ZERO_STEPS, group_of
 
@@ -176,7 +176,7 @@ def _weight_only_kernel(
             scale = tl.load(scale_rows + group * stride_scale_g, mask=mask_n, other=0.0)
             acc += tl.dot(weight, x, input_precision="ieee") * scale.to(tl.float32)[:, None]
         else:
-            acc = tl.dot(weight, x, acc, input_precision="ieee")
+            acc = settled(tl.dot(weight, x, acc, input_precision="ieee"))
     if IS_SPLIT:
         rows = (part * M + offs_m).to(tl.int64)[:, None]
         tl.store(out_ptr + rows * N + offs_n[None, :], tl.trans(acc), mask=mask_m[:, None] & mask_n[None, :])

@@ -10,12 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedops._core.device import MIN_FP8_CAPABILITY, fp8_rejection
+from fusedops._core.device import MIN_FP8_CAPABILITY, fp8_rejection, limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
+from fusedops._core.rows import MAX_VALUES, MIN_VALUES
 from fusedops._core.scales import scale_kind, scale_strides
 from fusedops._core.tl import encoded, largest_bits, scale_of
+from fusedops._core.tuning import Tunable
 
 
 @triton.jit
@@ -180,11 +182,39 @@ def default(head_dim, head_dim_v, rotary_dim):
     return WriteConfig(max(2048 // max(2 * half, rest, dv), 1), half, rest, dv)
 
 
+def _fits(tile, *asked):
+    """Whether a thread has wide accesses, and registers for its values."""
+    values = tile.block_m * max(2 * tile.block_half, tile.block_rest, tile.block_dv) // (32 * tile.num_warps)
+    return MIN_VALUES <= values <= MAX_VALUES
+
+
+# Heads are rotated and encoded alone, by maxima that are exact in any order: results have the same bits.
+TILE = Tunable(
+    "write_kv_cache",
+    default=lambda *asked: default(*asked[:-1]),
+    sizes=(),
+    flags=("head_dim", "head_dim_v", "rotary_dim"),
+    also=("dtype", "cache_dtype", "cos_dtype", "interleaved", "k_scale", "v_scale", "page_size"),
+    space={"block_m": (1, 2, 4, 8, 16, 32, 64, 128), "num_warps": (1, 2, 4, 8)},
+    fits=_fits,
+    source=__file__,
+)
+
+
 def config(op, device_limits, *args):
     """The configuration of one call."""
     if op == "rotary_write_kv_cache":
-        return default(args[1].shape[2], args[2].shape[2], args[3].shape[1])
-    return default(args[0].shape[2], args[1].shape[2], 0)
+        _, k, v, cos, _, k_cache, _, _, interleaved, k_scale, v_scale = args
+        return _tile(device_limits, k, v, cos, k_cache, interleaved, k_scale, v_scale)
+    k, v, k_cache, _, _, k_scale, v_scale = args
+    return _tile(device_limits, k, v, None, k_cache, False, k_scale, v_scale)
+
+
+def _tile(device_limits, k, v, cos, k_cache, interleaved, k_scale, v_scale):
+    asked = k.shape[2], v.shape[2], 0 if cos is None else cos.shape[1]
+    kinds = scale_kind(k_scale), scale_kind(v_scale)
+    cos_dtype = None if cos is None else cos.dtype
+    return TILE.choose(device_limits, asked, (k.dtype, k_cache.dtype, cos_dtype, interleaved, *kinds, k_cache.shape[1]))
 
 
 def write_kv_cache(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale):
@@ -204,7 +234,7 @@ def _launch(q, k, v, cos, sin, k_cache, v_cache, slots, interleaved, k_scale, v_
     rotary_dim, heads = (0, 0) if q is None else (cos.shape[1], q.shape[1])
     if not total or not max(heads, kv_heads):
         return
-    tile = default(dim, dv, rotary_dim)
+    tile = _tile(limits(k.device), k, v, cos, k_cache, interleaved, k_scale, v_scale)
     num_q_blocks = ceil_div(total * heads, tile.block_m)
     q_strides = (0,) * 2 if q is None else q.stride()[:2]
     out_strides = (0,) * 2 if q is None else out.stride()[:2]

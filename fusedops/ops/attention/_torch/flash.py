@@ -6,10 +6,12 @@ mended here: the lse of rows without a key is 0, NaN is lost where a row has no 
 -inf comes through.
 """
 
+import itertools
 import math
 
 import torch
 
+from fusedops._core.numbers import ceil_div
 from fusedops._core.sharing import shares_reading
 from fusedops.ops.attention._support import NOT_FUSED_ON_CPU
 from fusedops.ops.attention._torch import blocks
@@ -18,6 +20,7 @@ from fusedops.ops.attention._torch.parts import MIN_ROWS, NO_SCORE, keys_of_bloc
 BLOCK_Q = 512  # queries of one call where window, causal offset, ALiBi or bool become a mask
 BLOCK_MASK = 1 << 22  # elements of such a mask for one head: 16 MiB
 PART_COPIES = 1 << 20  # elements of the float32 copies of a part's inputs: larger ones are fresh memory each time
+CHUNK_COPIES = 7 << 16  # elements of a chunk's float32 copies for each thread: 1.75 MiB, about a core's own cache
 PART_MASKS = 1 << 24  # elements of the masks of a part's heads: 64 MiB
 
 _forward = torch._scaled_dot_product_flash_attention_for_cpu
@@ -70,9 +73,14 @@ def _calls(q, k, v, options):
 
 def _is_mask(options):
     """Whether torch's kernel can take the caller's mask as it is."""
-    if options.mask is None or options.mask.dtype != torch.float32:
+    return _is_small_mask(options) and options.mask.dtype == torch.float32
+
+
+def _is_small_mask(options):
+    """Whether a mask is all that there is beside the scores, and is float32 or takes little memory as such."""
+    if options.alibi_slopes is not None or options.window_left >= 0 or options.window_right >= 0:
         return False
-    return options.alibi_slopes is None and options.window_left < 0 and options.window_right < 0
+    return options.mask is not None and (options.mask.dtype == torch.float32 or options.mask.numel() <= BLOCK_MASK)
 
 
 def _mask(part, rows, keys):
@@ -92,7 +100,7 @@ def plain_attention(
     """out and lse of the plainest calls, as in decoding, where each argument weighs; None for others."""
     if not q.is_cpu or q.element_size() == 1:
         return None
-    if not (sinks is alibi_slopes is mask is q_scale is k_scale is v_scale is None):
+    if not (sinks is alibi_slopes is q_scale is k_scale is v_scale is None):
         return None
     if window_left >= 0 or window_right >= 0 or softcap != 0.0 or softmax_scale <= 0.0:
         return None
@@ -100,27 +108,79 @@ def plain_attention(
     causal = causal and num_queries > 1
     if (causal and num_queries != num_keys) or dim != v.shape[3] or not q.numel() or not k.numel():
         return None
-    if q.dtype is torch.float32:
-        out, lse = _unmasked(q, k, v, causal, softmax_scale)
-    elif q.numel() + k.numel() + v.numel() > PART_COPIES:
+    if mask is not None and (causal or (mask.dtype is not torch.float32 and mask.numel() > BLOCK_MASK)):
         return None
-    else:
-        wide = (t.transpose(1, 2).float() for t in (q, k, v))
-        out, lse = _forward(*wide, 0.0, causal, scale=softmax_scale)
-        out, lse = out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
-    return (out, lse) if lse.all() else None
+    run = _whole if q.dtype is torch.float32 else _in_chunks
+    out, lse = run(q, k, v, mask, causal, softmax_scale)
+    if not lse.all():
+        lse, doubtful = _without_empty_rows(lse, _added(mask))
+        if doubtful:
+            return None
+    return None if mask is not None and math.isnan(out.sum()) else (out, lse)
 
 
-def _unmasked(q, k, v, causal, scale):
-    """out and lse of torch's kernel on whole float32 tensors."""
-    num_queries, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
-    keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    if num_queries > 1 or not shares_reading(heads, kv_heads, k.shape[1], k.shape[3]):
-        out, lse = _forward(q.transpose(1, 2), keys, values, 0.0, causal, scale=scale)
-        return out.transpose(1, 2).contiguous(), lse.contiguous()
-    rows = q[:, 0].unflatten(1, (kv_heads, heads // kv_heads))
-    out, lse = _forward(rows, keys, values, 0.0, False, scale=scale)
-    return out.flatten(1, 2)[:, None].contiguous(), lse.flatten(1, 2)[..., None].contiguous()
+def _added(mask):
+    """What a mask adds to the scores, in float32."""
+    if mask is None:
+        return None
+    return torch.where(mask, _SHOWS, _HIDES) if mask.dtype is torch.bool else mask.float()
+
+
+def _whole(q, k, v, mask, causal, scale):
+    """out and lse of torch's kernel on float32 tensors."""
+    out, lse = _heads_first(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), _added(mask), causal, scale)
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+def _heads_first(q, k, v, added, causal, scale):
+    """torch's kernel; where it pays the heads that share keys become the queries of one head."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if q.shape[2] > 1 or not shares_reading(heads, kv_heads, *k.shape[2:]) or added is not None and added.shape[1] > 1:
+        return _forward(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+    rows = q.unflatten(1, (kv_heads, heads // kv_heads)).squeeze(3)
+    out, lse = _forward(rows, k, v, 0.0, False, attn_mask=added, scale=scale)
+    return out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[..., None]
+
+
+def _in_chunks(q, k, v, mask, causal, scale):
+    """out and lse of 16-bit tensors: some batches and key heads at a time, whose float32 copies the caches hold."""
+    batch, kv_heads, num_threads = q.shape[0], k.shape[2], torch.get_num_threads()
+    each = 2 * (q.numel() + k.numel()) // (batch * kv_heads)
+    limit = CHUNK_COPIES * num_threads
+    tensors = [t.transpose(1, 2) for t in (q, k, v)]
+    if batch * kv_heads * each <= limit:
+        out, lse = _heads_first(*(t.float() for t in tensors), _added(mask), causal, scale)
+        return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
+    num_chunks = max(min(ceil_div(kv_heads * each, limit), kv_heads // num_threads), 1)  # each has a head for a thread
+    heads, batches = ceil_div(kv_heads, num_chunks), max(limit // (each * kv_heads), 1)
+    parts = [
+        _some_heads(*chunk, heads, causal, scale)
+        for chunk in zip(*(t.split(batches) for t in tensors), _cuts(mask, batches, 0), strict=False)
+    ]
+    return tuple(part[0].contiguous() if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _cuts(mask, size, dim):
+    """The mask of each chunk, without end where all have the same."""
+    return itertools.repeat(mask) if mask is None or mask.shape[dim] == 1 else mask.split(size, dim)
+
+
+def _some_heads(q, k, v, mask, heads, causal, scale):
+    """out and lse, so many key heads at a time: their copies lie where the last ones' did."""
+    group = q.shape[1] // k.shape[1]
+    added = _added(mask) if mask is None or mask.shape[1] == 1 else mask
+    parts, keys, values = [], None, None
+    for own_q, own_k, own_v, own in zip(
+        q.split(heads * group, 1), k.split(heads, 1), v.split(heads, 1), _cuts(added, heads * group, 1), strict=False
+    ):
+        if keys is None:
+            keys, values = own_k.float(), own_v.float()
+        else:  # the last ones may be fewer
+            keys, values = (t[:, : own_k.shape[1]].copy_(own_t) for t, own_t in ((keys, own_k), (values, own_v)))
+        out, lse = _heads_first(own_q.float(), keys, values, _added(own), causal, scale)
+        parts.append((out.transpose(1, 2).to(q.dtype), lse))
+    outs, sums = zip(*parts, strict=True)
+    return (outs[0], sums[0]) if len(parts) == 1 else (torch.cat(outs, 2), torch.cat(sums, 1))
 
 
 def attention(q, k, v, options):
@@ -153,7 +213,7 @@ def _run(q, k, v, options):
     """out, lse, and whether something in them may be otherwise than this operator promises."""
     causal, masked = _causal(q, k, options), _needs_mask(q, k, options)
     if q.dtype == torch.float32 and not masked and options.sinks is None:
-        out, lse = _unmasked(q, k, v, causal, options.softmax_scale)
+        out, lse = _whole(q, k, v, None, causal, options.softmax_scale)
         return out, lse, not lse.all()
     out, doubtful = None, False
     for part, rows, keys in _calls(q, k, v, options):
@@ -196,6 +256,22 @@ def _with_sinks(out, lse, sinks):
 def attention_backward(grad_out, q, k, v, out, lse, options):
     """dq, dk and dv, or None where they have a NaN, which this kernel spreads to rows that do not see it."""
     causal, masked = _causal(q, k, options), _needs_mask(q, k, options)
+    whole = q.dtype == torch.float32 and (not masked or _is_small_mask(options))
+    grads = (_backward_whole if whole else _backward_in_parts)(grad_out, q, k, v, out, lse, options, causal, masked)
+    return None if any(math.isnan(grad.sum()) for grad in grads) else grads
+
+
+def _backward_whole(grad_out, q, k, v, out, lse, options, causal, masked):
+    """One call on float32 tensors."""
+    grads = _backward(
+        *(t.transpose(1, 2) for t in (grad_out, q, k, v, out)), lse.masked_fill(lse == NO_SCORE, 0.0), 0.0, causal,
+        attn_mask=_added(options.mask), scale=options.softmax_scale,
+    )  # fmt: skip
+    return tuple(grad.transpose(1, 2).contiguous() for grad in grads)
+
+
+def _backward_in_parts(grad_out, q, k, v, out, lse, options, causal, masked):
+    """What does not fit a call is cut, and what comes of keys and values is added up in float32."""
     dq = torch.zeros(q.shape, dtype=q.dtype)
     dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (k, v))
     sums_of = None
@@ -213,4 +289,4 @@ def attention_backward(grad_out, q, k, v, out, lse, options):
         sum_k[:, :, keys] += step_k
         sum_v[:, :, keys] += step_v
         dk[part.batch, :, part.kv], dv[part.batch, :, part.kv] = sum_k.transpose(1, 2), sum_v.transpose(1, 2)
-    return None if any(math.isnan(grad.sum()) for grad in (dq, dk, dv)) else (dq, dk, dv)
+    return dq, dk, dv

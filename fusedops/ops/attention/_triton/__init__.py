@@ -5,15 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedops._core import rows
 from fusedops._core.device import MIN_FP8_CAPABILITY, fp8_rejection, limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.relaunch import Relauncher
 from fusedops._core.tuning import Tunable
-from fusedops.ops.attention._triton import backward_launch, hopper_launch, invariant
+from fusedops.ops.attention._triton import backward_launch, hopper_launch, invariant, merge_launch
 from fusedops.ops.attention._triton.forward import _attention_kernel
-from fusedops.ops.attention._triton.split_kv import _combine_kernel, _merge_kernel, warps_of_join
+from fusedops.ops.attention._triton.split_kv import _combine_kernel, warps_of_join
 
 FP8 = torch.float8_e4m3fn
 _run_attention, _run_combine = Relauncher(_attention_kernel), Relauncher(_combine_kernel)
@@ -33,15 +32,6 @@ class AttentionConfig:
     num_warps: int
     num_stages: int
     num_splits: int = 1
-
-
-@dataclass(frozen=True)
-class JoinConfig:
-    """A tile of block_m rows of all head dims, padded to a power of two."""
-
-    block_m: int
-    block_dv: int
-    num_warps: int = 1
 
 
 def supports(first, *rest):
@@ -80,13 +70,6 @@ def default(num_rows, head_dim, head_dim_v, itemsize, masked, device_limits):
         else:
             tile = replace(tile, block_m=tile.block_m // 2)
     return tile
-
-
-@functools.lru_cache(maxsize=64)
-def default_join(head_dim_v):
-    """The tile of the kernels that join states: one warp, of which each thread reads 16 values of a state."""
-    block_dv = power_of_2(head_dim_v)
-    return JoinConfig(max(512 // block_dv, 1), block_dv)
 
 
 def shared_bytes(tile, itemsize, masked):
@@ -131,7 +114,9 @@ def num_splits(tile, num_programs, num_key_blocks, device_limits):
 def config(op, device_limits, *args):
     """The configuration of one call."""
     if op == "merge_attention":
-        return default_join(args[0].shape[-1])
+        return merge_launch.config(device_limits, *args)
+    if op.endswith("_backward"):
+        return backward_launch.config(op, device_limits, *args)
     q, k, v, *rest = args
     if op == "attention_varlen":
         batch, max_q, max_k = rest[0].shape[0] - 1, rest[2], rest[3]
@@ -143,21 +128,23 @@ def config(op, device_limits, *args):
     left, right = _bounds(max_q, max_k, causal, left, right)
     pack = _pack(q, k, mask)
     asked = max_q * pack, q.shape[-1], v.shape[-1], q.element_size(), mask is not None
+    reach = min(max_k, (max_k if left is None else left) + (max_k if right is None else right) + max_q)
+
+    def splits_of(tile):
+        programs = ceil_div(max_q * pack, tile.block_m) * (q.shape[-2] // pack) * invariant.sequences(batch)
+        splits = num_splits(tile, programs, ceil_div(reach, tile.block_n), device_limits)
+        return invariant.splits(splits, tile, max_q * pack)
+
+    varlen = op == "attention_varlen"
+    if hopper_launch.rejection(device_limits, q, k, v, varlen, max_q, left is not None, rest) is None:
+        if splits_of(default(*asked, device_limits)) == 1:  # by the default: which kernel runs is no matter of tuning
+            return hopper_launch.config(device_limits, q, k, v, varlen, max_q, max_k, (left, right), rest)
     also = (
-        q.dtype, pack, op == "attention_varlen", causal, left is not None, right is not None, rest[10] > 0.0,
-        rest[0] is not None, rest[1] is not None, any(scale is not None for scale in rest[3:6]),
+        q.dtype, pack, varlen, causal, left is not None, right is not None, rest[10] > 0.0, rest[0] is not None,
+        rest[1] is not None, any(scale is not None for scale in rest[3:6]),
     )  # fmt: skip
     tile = TILE.choose(device_limits, asked, also)
-    reach = min(max_k, (max_k if left is None else left) + (max_k if right is None else right) + max_q)
-    programs = ceil_div(max_q * pack, tile.block_m) * (q.shape[-2] // pack) * invariant.sequences(batch)
-    splits = num_splits(tile, programs, ceil_div(reach, tile.block_n), device_limits)
-    splits = invariant.splits(splits, tile, max_q * pack)
-    hopper = None
-    if splits == 1:
-        hopper = hopper_launch.config(
-            device_limits, q, k, v, op == "attention_varlen", max_q, left is not None, rest
-        )  # fmt: skip
-    return hopper or replace(tile, num_splits=splits)
+    return replace(tile, num_splits=splits_of(tile))
 
 
 def _bounds(max_q, max_k, causal, window_left, window_right):
@@ -264,6 +251,7 @@ def _launch(
 
 attention_backward = backward_launch.attention_backward
 attention_varlen_backward = backward_launch.attention_varlen_backward
+merge_attention = merge_launch.merge_attention
 
 
 def _batch_stride(table):
@@ -297,21 +285,6 @@ def _combine(parts, states, sinks, out, lse, natural):
     )  # fmt: skip
 
 
-def merge_attention(out_a, lse_a, out_b, lse_b):
-    """Launch the kernel that joins two results."""
-    length, heads, dv = out_a.shape[-3:]
-    out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
-    if out.numel() == 0:
-        return out, lse
-    (out_a, out_b), (num_rows, inner, strides) = rows.stridable(rows.dense(out_a), rows.dense(out_b))
-    tile = default_join(dv)
-    _merge_kernel[(ceil_div(num_rows, tile.block_m),)](
-        out_a, lse_a.contiguous(), out_b, lse_b.contiguous(), out, lse, *strides, length, heads, num_rows, inner,
-        DV=dv, BLOCK_M=tile.block_m, BLOCK_DV=tile.block_dv, num_warps=tile.num_warps,
-    )  # fmt: skip
-    return out, lse
-
-
 _SWITCHES = (
     "IS_VARLEN", "IS_SPLIT", "HAS_LEFT", "HAS_RIGHT", "HAS_SOFTCAP", "HAS_ALIBI", "HAS_SINKS", "HAS_QK_SCALE",
     "HAS_V_SCALE",
@@ -337,7 +310,6 @@ def examples(dtype, target):
         yield _example(dtype, target, 64, 8, {"IS_SPLIT": True, **gptoss})
     if dtype == "bf16" and target.capability >= MIN_FP8_CAPABILITY:
         yield _example("fp8e4nv", target, 128, 4096, {**causal, "HAS_QK_SCALE": True, "HAS_V_SCALE": True})
-    join = default_join(128)
     pointers = {"parts_ptr": "*fp32", "states_ptr": "*fp32", "sinks_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
     pointers["lse_ptr"] = "*fp32"
     yield KernelExample(
@@ -346,14 +318,7 @@ def examples(dtype, target):
         divisible=tuple(pointers), num_warps=warps_of_join(32 * 128),
         wide_access=False,  # its loads are; a row of the result is 8 bytes a thread
     )  # fmt: skip
-    pointers = {f"{name}_ptr": f"*{dtype if 'out' in name else 'fp32'}" for name in
-                ("out_a", "lse_a", "out_b", "lse_b", "out", "lse")}  # fmt: skip
-    strides = {f"stride_{side}_{part}": "i32" for side in "ab" for part in ("outer", "inner")}
-    yield KernelExample(
-        _merge_kernel, {**pointers, **strides, **dict.fromkeys(("S", "H", "num_rows"), "i32")},
-        {"inner": 1, "DV": 128, "BLOCK_M": join.block_m, "BLOCK_DV": 128}, divisible=(*pointers, *strides),
-        num_warps=join.num_warps,
-    )  # fmt: skip
+    yield merge_launch.example(dtype)
     yield from backward_launch.examples(dtype, target)
     yield from hopper_launch.examples(dtype, target)
 

@@ -1,6 +1,7 @@
 """Launch the backward kernels: tiles by arithmetic, layouts, and the sum of the sinks' gradients."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -8,6 +9,7 @@ from fusedops._core.device import KIB, limits
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.rows import dense
+from fusedops._core.tuning import Tunable
 from fusedops.ops.attention._triton.backward import (
     _attention_delta_kernel,
     _attention_dkdv_kernel,
@@ -17,6 +19,8 @@ from fusedops.ops.attention._triton.backward import (
 FLOAT32_512_SHARED = 129 * KIB  # four tiles of 16 rows of 512 columns
 LARGE_SHARED = 200 * KIB  # from here on the tiles are those of warpgroup products
 DELTA_ELEMENTS = 8192  # of out and of grad_out in one program's registers
+MAX_SUMS = 192  # of one thread, with the tiles of scores beside them
+FLOAT32_SCORES = 1024  # of a tile in float32, whose products' operands stand in registers
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,81 @@ def default(width, element_size, has_softcap, mask_kind, device_limits):
     return BackwardConfig(32, 32, 8, 2), BackwardConfig(32, 32, 4, 2)
 
 
+def shared_bytes(resident, moving, num_stages, width, itemsize, has_mask, device_limits):
+    """At most what a kernel asks for: a tile of two tensors of `width` columns together that stays, tiles of two
+    others on their way, two of products, masks, rows of numbers."""
+    is_asynchronous = 90 <= device_limits.capability < 120
+    tiles = num_stages if is_asynchronous else max(num_stages - 1, 1)
+    product = resident * moving
+    mask = tiles * product * 4 * (has_mask and num_stages > 1)  # else it goes to registers at once
+    # mma.sync takes one of the products from registers
+    products = product * itemsize * (2 if is_asynchronous or itemsize == 4 else 1)
+    rows = tiles * max(resident, moving) * 8 + 512
+    return (resident + tiles * moving) * width * itemsize + products + mask + rows
+
+
+def _fits(tile, resident, moving, sums, width, itemsize, has_softcap, mask_kind, device_limits):
+    """Whether the memory holds the tiles, and the registers of a thread the sums and two tiles of scores."""
+    has_mask, threads = mask_kind != "none", 32 * tile.num_warps
+    scores = resident * moving // threads * (2 + has_softcap + has_mask)
+    narrow = itemsize == 2 and width <= 256 and min(resident, moving) < 32
+    return (
+        shared_bytes(resident, moving, tile.num_stages, 2 * width, itemsize, has_mask, device_limits)
+        <= device_limits.shared_memory
+        and resident * sums // threads + scores <= MAX_SUMS
+        and not narrow
+        and (itemsize == 2 or resident * moving <= FLOAT32_SCORES)
+    )
+
+
+def _fits_dkdv(tile, width, *asked):
+    if tile.two_passes and width < 128:  # both sums have room, and a second pass makes the scores again
+        return False
+    return _fits(tile, tile.block_n, tile.block_m, (1 if tile.two_passes else 2) * width, width, *asked)
+
+
+def _fits_dq(tile, width, *asked):
+    return _fits(tile, tile.block_m, tile.block_n, width, width, *asked)
+
+
+def _tunable(name, place, fits, **space):
+    blocks = {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64, 128)}
+    return Tunable(
+        name,
+        default=lambda queries, keys, *asked: default(*asked)[place],
+        sizes=("queries", "keys"),
+        flags=("width", "itemsize", "has_softcap", "mask_kind"),
+        also=("dtype", "head_dim", "head_dim_v", "heads_per_key_head", "varlen", "left", "right", "alibi"),
+        space={**blocks, "num_warps": (4, 8), "num_stages": (1, 2, 3), **space},
+        fits=lambda tile, queries, keys, *asked: fits(tile, *asked),
+        source=str(Path(__file__).with_name("__init__.py")),  # all files of the kernels
+    )
+
+
+DKDV = _tunable("attention_dkdv", 0, _fits_dkdv, two_passes=(False, True))
+DQ = _tunable("attention_dq", 1, _fits_dq)
+
+
+def config(op, device_limits, grad_out, grad_lse, q, k, v, out, lse, *rest):
+    """(dk and dv's configuration, dq's) of one call."""
+    is_varlen = op == "attention_varlen_backward"
+    sizes = (rest[0].shape[0] - 1, *rest[2:4]) if is_varlen else (q.shape[0], q.shape[1], k.shape[1])
+    _, alibi_slopes, mask, _, _, _, scale, *bounds = rest[4:] if is_varlen else rest
+    _, constants = _options(sizes, alibi_slopes, mask, scale, *bounds)
+    return _tiles(device_limits, q, k, v, sizes, is_varlen, constants)
+
+
+def _tiles(device_limits, q, k, v, sizes, is_varlen, constants):
+    head_dim, value_dim = q.shape[-1], v.shape[-1]
+    width = max(padded(head_dim), padded(value_dim))
+    asked = *sizes[1:], width, q.element_size(), constants["HAS_SOFTCAP"], constants["MASK_KIND"]
+    also = (
+        q.dtype, head_dim, value_dim, q.shape[-2] // max(k.shape[-2], 1), is_varlen,
+        *(constants[name] for name in ("HAS_LEFT", "HAS_RIGHT", "HAS_ALIBI")),
+    )  # fmt: skip
+    return DKDV.choose(device_limits, asked, also), DQ.choose(device_limits, asked, also)
+
+
 def padded(head_dim):
     """The width of the tile that holds a head."""
     return max(16, power_of_2(head_dim))
@@ -104,9 +183,7 @@ def _launch(
     batch, num_queries, num_keys = sizes
     heads, kv_heads, head_dim, value_dim = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     block_d, block_dv = padded(head_dim), padded(value_dim)
-    dkdv, dq_tile = default(
-        max(block_d, block_dv), q.element_size(), constants["HAS_SOFTCAP"], constants["MASK_KIND"], limits(q.device)
-    )
+    dkdv, dq_tile = _tiles(limits(q.device), q, k, v, sizes, is_varlen, constants)
     constants |= {"D": head_dim, "DV": value_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "IS_VARLEN": is_varlen}
     inputs = {
         **_layout(grad_out=grad_out, q=q, k=k, v=v, varlen=is_varlen),

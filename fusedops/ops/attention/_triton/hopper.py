@@ -75,7 +75,7 @@ def _produce(q_desc, k_desc, v_desc, queries_per_kv, tiles, work):
 
 @gluon.jit
 def _wait_turn(GROUP: gl.constexpr):
-    """Stand until the warpgroup before has started its products. Triton does not use hardware barriers 8 to 10."""
+    """Stand until the warpgroup before has started its products. Triton does not use hardware barriers 8 to 11."""
     if GROUP == 0:
         gl.inline_asm_elementwise("bar.sync 8, 256; mov.b32 $0, 0;", "=r,r", [GROUP], gl.int32, False, 1)
     elif GROUP == 1:
@@ -116,31 +116,34 @@ def _start_scores(q, tiles, step, work, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _start_values(p, acc, tiles, step, first_key, low_seen, high_seen, work):
+def _start_values(p, acc, tiles, step, work):
     """Start acc + p @ v with the value tile of this step, once it has arrived."""
     _wait_full(tiles.v_full, step, work, True)
     values = _matrix(tiles.v.index(step % work.NUM_STAGES))
-    if work.IS_VARLEN or work.HAS_LEFT:
-        if first_key < low_seen or first_key + work.BLOCK_N > high_seen:
-            _clear_unseen(values, first_key, low_seen, high_seen, work)
     return warpgroup_mma(p, values, acc, is_async=True)
 
 
 @gluon.jit
-def _clear_unseen(values, first_key, low_seen, high_seen, work):
+def _clear_unseen(tiles, step, first_key, low_seen, high_seen, work, GROUP: gl.constexpr):
     """Zero the values of keys that no query of the sequence sees: their weight is 0, but 0 times NaN is NaN.
 
-    Every warpgroup does it before its own product, so none waits for another; all of them write the same. The compiler
-    lets a warpgroup's threads meet before the product that reads what they wrote.
+    Each warpgroup clears its share of the tile, then all meet: none may multiply before all have written. They meet
+    outside of their turns, as one that holds its turn would wait for others that wait for theirs.
     """
-    ROWS: gl.constexpr = 32  # few registers at a time
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    for part in gl.static_range(work.BLOCK_N // ROWS):
-        rows = values.slice(part * ROWS, ROWS)
-        key = first_key + part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        seen = (key >= low_seen) & (key < high_seen)
-        rows.store(gl.where(seen[:, None], rows.load(LAYOUT), 0.0))
-    fence_async_shared()
+    if work.IS_VARLEN or work.HAS_LEFT:
+        if first_key < low_seen or first_key + work.BLOCK_N > high_seen:
+            _wait_full(tiles.v_full, step, work, True)
+            values = _matrix(tiles.v.index(step % work.NUM_STAGES))
+            ROWS: gl.constexpr = 32  # few registers at a time
+            LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            for part in gl.static_range(GROUP, work.BLOCK_N // ROWS, work.NUM_GROUPS):
+                rows = values.slice(part * ROWS, ROWS)
+                key = first_key + part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+                seen = (key >= low_seen) & (key < high_seen)
+                rows.store(gl.where(seen[:, None], rows.load(LAYOUT), 0.0))
+            fence_async_shared()
+            gl.static_assert(work.NUM_GROUPS == 2)  # how many threads meet
+            gl.inline_asm_elementwise("bar.sync 11, 256; mov.b32 $0, 0;", "=r,r", [GROUP], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -200,10 +203,11 @@ def _consume(result, scores, tiles, work, GROUP: gl.constexpr, HAS_SINKS: gl.con
                 p = gl.convert_layout(p.to(dtype), P_LAYOUT)
                 _wait_full(tiles.k_full, step + 1, work, high - 1 > low)
                 for n in range(high - 2, low - 1, -1):
+                    _clear_unseen(tiles, step, (n + 1) * work.BLOCK_N, low_seen, high_seen, work, GROUP)
                     step += 1
                     _wait_turn(GROUP)
                     products = _start_scores(q, tiles, step, work, S_LAYOUT)
-                    values = _start_values(p, acc, tiles, step - 1, (n + 1) * work.BLOCK_N, low_seen, high_seen, work)
+                    values = _start_values(p, acc, tiles, step - 1, work)
                     _pass_turn(GROUP, work.NUM_GROUPS)
                     s = scores.capped(warpgroup_mma_wait(1, deps=[products]))
                     _leave(tiles.k_empty, step, work)
@@ -224,7 +228,8 @@ def _consume(result, scores, tiles, work, GROUP: gl.constexpr, HAS_SINKS: gl.con
                     acc = acc * gl.convert_layout(alpha, OUT_ROWS)[:, None]
                 if not OUT_IN_Q:
                     mbarrier.arrive(tiles.q_empty.index(GROUP))
-                values = _start_values(p, acc, tiles, step, low * work.BLOCK_N, low_seen, high_seen, work)
+                _clear_unseen(tiles, step, low * work.BLOCK_N, low_seen, high_seen, work, GROUP)
+                values = _start_values(p, acc, tiles, step, work)
                 acc = warpgroup_mma_wait(0, deps=[values])
                 _leave(tiles.v_empty, step, work)
                 step += 1

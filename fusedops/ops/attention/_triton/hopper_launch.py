@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,7 @@ from fusedops._core.device import INTERPRETER, MIB
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div, power_of_2
 from fusedops._core.tl import LOG2E
+from fusedops._core.tuning import Tunable
 
 ARCH = "sm_90a"
 FP8 = torch.float8_e4m3fn
@@ -16,6 +18,8 @@ MAX_D = 256
 MIN_QUERIES = 64  # a warpgroup's rows; fewer are better packed with their group's heads
 SECTION_BYTES = 16 * MIB  # of keys and values that blocks at work together should find in the L2 cache
 ALIGNMENT = 16  # bytes of every address and stride of a tensor map
+# Of one thread: what is left beside scores, probabilities and sums is for addresses, maxima and masks.
+MAX_SUMS = {2: 176, 3: 128}
 _LOG2E = LOG2E.value
 
 
@@ -50,6 +54,36 @@ def default(head_dim, head_dim_v, itemsize, plain):
     return HopperConfig(num_groups, block_n, block_d, block_dv, 2, block_d == block_dv == MAX_D and itemsize == 2)
 
 
+def shared_bytes(tile, itemsize):
+    """Q's tiles, the rings of keys and values, the result's tiles where it does not leave through Q's, barriers."""
+    queries = 64 * tile.num_groups
+    out = 0 if tile.out_in_q else queries * tile.block_dv * 2
+    ring = tile.num_stages * tile.block_n * (tile.block_d * itemsize + tile.block_dv * 2)
+    return queries * tile.block_d * itemsize + out + ring + 512
+
+
+def _fits(tile, queries, keys, head_dim, head_dim_v, itemsize, plain, device_limits):
+    """Whether the memory holds the tiles, and the registers of a thread what it keeps between two key tiles."""
+    sums = tile.block_n // 2 + tile.block_n // 4 + tile.block_dv // 2
+    return (
+        shared_bytes(tile, itemsize) <= device_limits.shared_memory
+        and sums <= MAX_SUMS[tile.num_groups]
+        and (plain or tile.num_groups == 2)
+    )
+
+
+TILE = Tunable(
+    "attention_hopper",
+    default=lambda queries, keys, *asked: default(*asked[:-1]),
+    sizes=("queries", "keys"),
+    flags=("head_dim", "head_dim_v", "itemsize", "plain"),
+    also=("dtype", "heads", "key_heads", "batch", "varlen", "left", "right", "softcap", "sinks", "scales"),
+    space={"num_groups": (2, 3), "block_n": (64, 128), "num_stages": (2, 3, 4)},
+    fits=_fits,
+    source=str(Path(__file__).with_name("__init__.py")),  # all files of the kernels
+)
+
+
 def rejection(device_limits, q, k, v, varlen, max_q, left, options):
     """Why the Hopper kernel does not take a call, or None. `left`: the window hides keys on the left."""
     _, alibi_slopes, mask, q_scale, k_scale, v_scale, softmax_scale = options[:7]
@@ -76,14 +110,15 @@ def rejection(device_limits, q, k, v, varlen, max_q, left, options):
     return None
 
 
-def config(device_limits, q, k, v, varlen, max_q, left, options):
-    """The configuration of a call that the Hopper kernel takes, else None."""
-    if rejection(device_limits, q, k, v, varlen, max_q, left, options) is not None:
-        return None
-    sinks, _, _, *scales = options[:6]
-    softcap = options[10]
-    plain = not varlen and not left and softcap == 0.0 and all(t is None for t in (sinks, *scales))
-    return default(q.shape[-1], v.shape[-1], q.element_size(), plain)
+def config(device_limits, q, k, v, varlen, max_q, max_k, bounds, options):
+    """The configuration of a call that `rejection` has nothing against."""
+    left, right = (bound is not None for bound in bounds)
+    sinks, scaled, capped = options[0] is not None, any(t is not None for t in options[3:6]), options[10] != 0.0
+    plain = not (varlen or left or capped or sinks or scaled)
+    asked = max_q, max_k, q.shape[-1], v.shape[-1], q.element_size(), plain
+    batch = None if varlen else q.shape[0]
+    also = q.dtype, q.shape[-2], k.shape[-2], batch, varlen, left, right, capped, sinks, scaled
+    return TILE.choose(device_limits, asked, also)
 
 
 def mappable(tensor):

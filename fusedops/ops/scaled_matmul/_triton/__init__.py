@@ -125,7 +125,7 @@ def config(op, device_limits, a, b, *rest):
     """The configuration of one call."""
     if _in_parts(a):
         a = a[:SMALL_M]
-    tile = _hopper_tile(device_limits, a, b)
+    tile = _hopper_tile(device_limits, a, b, *rest)
     return tile if tile is not None else _portable_tile(device_limits, a, b, *rest)
 
 
@@ -138,19 +138,24 @@ def _portable_tile(device_limits, a, b, scale_a, scale_b, bias, out_dtype, activ
     rows, depth = a.shape
     narrow = scale_a.dim() == 2 or scale_b.dim() == 2 or expands(a, device_limits)
     aligned = (depth | a.stride(0) | b.stride(0) | a.data_ptr() | b.data_ptr()) % ALIGNMENT == 0
-    also = (
-        a.dtype, out_dtype, _kind(scale_a), _kind(scale_b), bias is not None, residual is not None, activation, gated,
-        aligned,
-    )  # fmt: skip
+    also = *_also(a, scale_a, scale_b, bias, out_dtype, activation, residual, gated), aligned
     tunable = SMALL if rows <= SMALL_M else TILE
     return tunable.choose(device_limits, (rows, b.shape[0], depth, narrow), also)
 
 
-def _hopper_tile(device_limits, a, b):
+def _hopper_tile(device_limits, a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated=False):
     """The Hopper kernel's configuration, None where another takes the call."""
     if a.shape[0] <= SMALL_M or hopper_launch.rejection(device_limits, a, b) is not None:
         return None
-    return hopper_launch.default(a.shape[0], b.shape[0], a.dtype == torch.int8, device_limits)
+    asked = a.shape[0], b.shape[0], a.shape[1], a.dtype == torch.int8
+    also = _also(a, scale_a, scale_b, bias, out_dtype, activation, residual, gated)
+    return hopper_launch.TILE.choose(device_limits, asked, also)
+
+
+def _also(a, scale_a, scale_b, bias, out_dtype, activation, residual, gated):
+    """What else tells calls apart, whichever kernel takes them."""
+    kinds = _kind(scale_a), _kind(scale_b)
+    return a.dtype, out_dtype, *kinds, bias is not None, residual is not None, activation, gated
 
 
 def expands(a, device_limits):
@@ -198,7 +203,7 @@ def _matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, gated
     residual_stride = 0 if residual is None else residual.stride(0)
     tensors = (a, b, scale_a, scale_b, bias, residual, out)
     numbers = (a.stride(0), b.stride(0), *scale_strides, residual_stride, rows, columns, depth)
-    tile = _hopper_tile(device_limits, a, b)
+    tile = _hopper_tile(device_limits, *given)
     if tile is not None:
         hopper_launch.launch(tile, tensors, numbers, kinds, device_limits.sm_count)
         return out

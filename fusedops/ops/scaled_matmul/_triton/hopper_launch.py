@@ -2,27 +2,32 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fusedops._core.device import INTERPRETER
 from fusedops._core.launch import KernelExample
 from fusedops._core.numbers import ceil_div
+from fusedops._core.tuning import Tunable
 
 ARCH = "sm_90a"
 FP8 = torch.float8_e4m3fn
 BLOCK_M, BLOCK_K = 128, 128  # two warpgroups of 64 rows; bytes of a row of the widest swizzle
-GROUP_M = 8  # rows of tiles that are walked through together
 ALIGNMENT = 16  # bytes of every address and stride of a tensor map
 MAX_REGISTERS = 168  # of a thread at the start; warps then give to each other what they need
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of 128 rows and block_n columns, through a ring of num_stages depth blocks of 128."""
+    """Tiles of 128 rows and block_n columns, through a ring of num_stages depth blocks of 128.
+
+    group_m rows of tiles are walked through together.
+    """
 
     block_n: int
     num_stages: int
+    group_m: int = 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -31,15 +36,40 @@ def default(rows, columns, is_int, device_limits):
 
     256 columns of integers fill the registers; of float8 128 do, with the sum of a depth block beside.
     """
-    widths = (256, 128, 64) if is_int else (128, 64)
 
     def rounds(block_n):
         tiles = ceil_div(rows, BLOCK_M) * ceil_div(columns, block_n)
         return ceil_div(tiles, device_limits.sm_count) * block_n
 
-    block_n = min(widths, key=rounds)
-    free = device_limits.shared_memory - 1024 - 128 * min(block_n, 128)  # 16-bit results pass through it in halves
+    block_n = min(_widths(is_int), key=rounds)
+    free = device_limits.shared_memory - shared_bytes(HopperConfig(block_n, 0))
     return HopperConfig(block_n, min(free // ((BLOCK_M + block_n) * BLOCK_K), 6))
+
+
+def _widths(is_int):
+    return (256, 128, 64) if is_int else (128, 64)
+
+
+def shared_bytes(tile):
+    """The ring of both operands, 16-bit results that pass through in halves, and barriers."""
+    return tile.num_stages * (BLOCK_M + tile.block_n) * BLOCK_K + 128 * min(tile.block_n, 128) + 1024
+
+
+def _fits(tile, rows, columns, depth, is_int, device_limits):
+    return tile.block_n in _widths(is_int) and shared_bytes(tile) <= device_limits.shared_memory
+
+
+# A depth block's sum is made alone and blocks are added in order: a result has the same bits whatever the table says.
+TILE = Tunable(
+    "scaled_matmul_hopper",
+    default=lambda rows, columns, depth, is_int, device_limits: default(rows, columns, is_int, device_limits),
+    sizes=("rows", "columns", "depth"),
+    flags=("is_int",),
+    also=("dtype", "out_dtype", "scale_a", "scale_b", "bias", "residual", "activation", "gated"),
+    space={"block_n": (64, 128, 256), "num_stages": (3, 4, 5, 6, 7), "group_m": (4, 8, 16)},
+    fits=_fits,
+    source=str(Path(__file__).with_name("__init__.py")),  # all files of the kernels
+)
 
 
 def rejection(device_limits, a, b):
@@ -83,7 +113,7 @@ def launch(tile, tensors, numbers, kinds, sm_count):
         _tensor_map(a, BLOCK_M), _tensor_map(b, tile.block_n), scale_a, scale_b,
         scale_a if bias is None else bias, out if residual is None else residual, out, *rest,
         **kinds, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        BLOCK_N=tile.block_n, BLOCK_K=BLOCK_K, GROUP_M=GROUP_M, NUM_STAGES=tile.num_stages,
+        BLOCK_N=tile.block_n, BLOCK_K=BLOCK_K, GROUP_M=tile.group_m, NUM_STAGES=tile.num_stages,
         num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
@@ -102,7 +132,7 @@ def example(dtype, target, code, shape, kinds, full):
     types |= {"bias_ptr": f"*{dtype}" if full else "*fp32"}
     constants = {
         **kinds, "HAS_BIAS": full, "HAS_RESIDUAL": full, "BLOCK_N": tile.block_n, "BLOCK_K": BLOCK_K,
-        "GROUP_M": GROUP_M, "NUM_STAGES": tile.num_stages,
+        "GROUP_M": tile.group_m, "NUM_STAGES": tile.num_stages,
     }  # fmt: skip
     names = [name for name in _scaled_matmul_hopper_kernel.arg_names if name not in constants]
     divisible = [name for name in names if name != "M" and not name.endswith("_desc")]

@@ -2,6 +2,7 @@
 
 from fusedops._core import invariance
 from fusedops._core.device import limits
+from fusedops._core.scales import row_kind
 from fusedops.ops.sparse_matmul._cuda import mma, wgmma
 from fusedops.ops.sparse_matmul._cuda.epilogue import Epilogue
 
@@ -17,35 +18,34 @@ def supports(a, values, metadata, scale_a, scale_b, bias, out_dtype, activation)
     return None if None in reasons else "; ".join(reasons)
 
 
-def config(op, device_limits, a, values, metadata, *rest):
+def config(op, device_limits, *args):
     """The configuration of one call."""
-    return _kernel(device_limits, a, values, metadata)[1]
+    return _kernel(device_limits, *args)[1]
 
 
-def _kernel(device_limits, a, values, metadata):
+def _kernel(device_limits, a, values, metadata, scale_a, scale_b, bias, out_dtype, activation):
     """The kernel that takes a call, the one of Hopper where it can, and its tile.
 
     That one asks where a starts; a that starts elsewhere is copied for it only if there is no other kernel, or where
     a row's bits must not follow from its address.
     """
-    rows, columns = a.shape[0], values.shape[0]
+    also = a.dtype, out_dtype, row_kind(scale_a), row_kind(scale_b), bias is not None, activation
     rejected = [kernel.rejection(device_limits, a, values, metadata) for kernel in (mma, wgmma)]
-    if rejected[1] is None and (rejected[0] is not None or invariance.enabled() or not wgmma.misses(a)):
-        return wgmma, wgmma.default(rows, columns, a.dtype, device_limits)
-    return mma, mma.default(rows, columns, device_limits)
+    hopper = rejected[1] is None and (rejected[0] is not None or invariance.enabled() or not wgmma.misses(a))
+    kernel = wgmma if hopper else mma
+    return kernel, kernel.config(device_limits, a, values, also)
 
 
 def sparse_matmul(a, values, metadata, scale_a, scale_b, bias, out_dtype, activation):
     """Launch a kernel."""
-    rows, columns = a.shape[0], values.shape[0]
-    out = a.new_empty((rows, columns), dtype=out_dtype)
-    if not rows:
+    out = a.new_empty((a.shape[0], values.shape[0]), dtype=out_dtype)
+    if not out.numel():
         return out
     # A call that is like an earlier one comes here without being asked about, wherever its tensors start.
     values, metadata = (x.clone() if x.data_ptr() % mma.ALIGNMENT else x for x in (values, metadata))
     device_limits = limits(a.device)
     epilogue = Epilogue.of(scale_a, scale_b, bias, out_dtype, activation)
-    kernel, tile = _kernel(device_limits, a, values, metadata)
+    kernel, tile = _kernel(device_limits, a, values, metadata, scale_a, scale_b, bias, out_dtype, activation)
     if kernel is wgmma and wgmma.misses(a):
         a = a.new_empty_strided(a.shape, a.stride()).copy_(a)
     kernel.launch(tile, device_limits, a, values, metadata, epilogue, out)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from fusedops._core import cuda
+from fusedops._core.cuda import images
 from fusedops._core.numbers import ceil_div
+from fusedops._core.tuning import Tunable
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "int8"}
 TILE_BYTES = 128  # of a row of a that a tile holds
@@ -34,10 +36,10 @@ class MmaConfig:
         """The kernel's name."""
         return f"fusedops_sparse_matmul_mma_{NAMES[dtype]}_{self.block_n}x{self.block_m}"
 
-    def shared_bytes(self, dtype):
+    def shared_bytes(self, itemsize):
         """Dynamic shared memory of a block: of each stage values, a, and metadata of 4 bits for 4 columns."""
-        columns = TILE_BYTES // dtype.itemsize
-        values, metadata = columns // 2 * dtype.itemsize, columns // 8
+        columns = TILE_BYTES // itemsize
+        values, metadata = columns // 2 * itemsize, columns // 8
         return self.num_stages * (self.block_n * (values + metadata) + self.block_m * TILE_BYTES)
 
 
@@ -58,11 +60,35 @@ def default(rows, columns, device_limits):
     return SMALL if tiles < device_limits.sm_count or few_rows else LARGE
 
 
+def _compiled(tile, *asked):
+    """The tile of so many rows of a that is compiled: all else follows."""
+    return next(one for one in candidates() if one.block_m == tile.block_m)
+
+
+# Both tiles add up a row's products in one order: a result has the same bits whatever the table says.
+TILE = Tunable(
+    "sparse_matmul_mma",
+    default=lambda rows, columns, depth, itemsize, device_limits: default(rows, columns, device_limits),
+    sizes=("rows", "columns", "depth"),
+    flags=("itemsize",),
+    also=("dtype", "out_dtype", "scale_a", "scale_b", "bias", "activation"),
+    space={"block_m": (64, 128)},
+    fits=lambda tile, *asked: tile.shared_bytes(asked[3]) <= asked[-1].shared_memory,
+    source=(__file__, str(images.sources() / "sparse_matmul.cu")),
+    complete=_compiled,
+)
+
+
+def config(device_limits, a, values, also):
+    """The configuration of one call."""
+    return TILE.choose(device_limits, (a.shape[0], values.shape[0], a.shape[1], a.element_size()), also)
+
+
 def rejection(device_limits, a, values, metadata):
     """Why the kernel cannot take a call, or None."""
     if a.dtype not in NAMES:
         return f"mma.sp takes bfloat16, float16 and int8, got {str(a.dtype).removeprefix('torch.')}"
-    if default(a.shape[0], values.shape[0], device_limits).shared_bytes(a.dtype) > device_limits.shared_memory:
+    if default(a.shape[0], values.shape[0], device_limits).shared_bytes(a.element_size()) > device_limits.shared_memory:
         return f"a tile takes more than the {device_limits.shared_memory} bytes of shared memory of a block"
     return None
 
@@ -77,4 +103,4 @@ def launch(tile, device_limits, a, values, metadata, epilogue, out):
         a, values, metadata, *epilogue.tensors, out, ctypes.c_int64(a.stride(0) * a.element_size()),
         *epilogue.strides, *sizes, *epilogue.codes,
     )  # fmt: skip
-    kernel.launch(grid, (32 * tile.num_warps, 1, 1), arguments, shared=tile.shared_bytes(a.dtype))
+    kernel.launch(grid, (32 * tile.num_warps, 1, 1), arguments, shared=tile.shared_bytes(a.element_size()))

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from fusedops._core import cuda
+from fusedops._core.cuda import images
 from fusedops._core.device import KIB
 from fusedops._core.numbers import ceil_div
+from fusedops._core.tuning import Tunable
 
 ARCH = "sm_90a"
-NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+FP8 = torch.float8_e4m3fn
+NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "int8", FP8: "fp8"}
 ALIGNMENT = 16  # bytes of every address and stride of a tensor map
 BLOCK_N, GROUP_COLUMNS, CHUNK_ROWS = 128, 64, 32  # columns of a tile and of a warpgroup; rows that are stored at once
 THREADS = 384
@@ -75,12 +78,7 @@ def shared_bytes(config, item_bytes):
 
 def widths(dtype):
     """The rows of tiles that are compiled: float8 has two sums, of which 256 rows would not fit the registers."""
-    return (128, 64) if dtype == torch.float8_e4m3fn else (256, 128, 64)
-
-
-def candidates(dtype):
-    """Every configuration that a call may have."""
-    return [WgmmaConfig(block_m, group_n) for block_m in widths(dtype) for group_n in (4, 8, 16)]
+    return (128, 64) if dtype == FP8 else (256, 128, 64)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -96,6 +94,29 @@ def default(rows, columns, dtype, device_limits):
         return ceil_div(tiles, device_limits.sm_count) * (block_m + 32)
 
     return WgmmaConfig(min(widths(dtype), key=cost))
+
+
+def _of_kind(is_fp8):
+    """A dtype whose tiles are compiled as those of the dtypes of this kind."""
+    return FP8 if is_fp8 else torch.bfloat16
+
+
+# All tiles add up a row's products in one order: a result has the same bits whatever the table says.
+TILE = Tunable(
+    "sparse_matmul_wgmma",
+    default=lambda rows, columns, depth, is_fp8, limits: default(rows, columns, _of_kind(is_fp8), limits),
+    sizes=("rows", "columns", "depth"),
+    flags=("is_fp8",),
+    also=("dtype", "out_dtype", "scale_a", "scale_b", "bias", "activation"),
+    space={"block_m": (64, 128, 256), "group_n": (4, 8, 16)},
+    fits=lambda tile, rows, columns, depth, is_fp8, limits: tile.block_m in widths(_of_kind(is_fp8)),
+    source=(__file__, str(images.sources() / "sparse_matmul.cu")),
+)
+
+
+def config(device_limits, a, values, also):
+    """The configuration of one call."""
+    return TILE.choose(device_limits, (a.shape[0], values.shape[0], a.shape[1], a.dtype == FP8), also)
 
 
 def rejection(device_limits, a, values, metadata):
