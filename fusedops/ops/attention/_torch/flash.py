@@ -23,9 +23,35 @@ PART_COPIES = 1 << 20  # elements of the float32 copies of a part's inputs: larg
 CHUNK_COPIES = 7 << 16  # elements of a chunk's float32 copies for each thread: 1.75 MiB, about a core's own cache
 PART_MASKS = 1 << 24  # elements of the masks of a part's heads: 64 MiB
 
-_forward = torch._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+ALIGNMENT = 16  # bytes: between rows that start at multiples of it torch's products do not differ in a bit
 _HIDES, _SHOWS = torch.tensor(NO_SCORE, dtype=torch.float32), torch.tensor(0.0, dtype=torch.float32)
+
+
+def _aligned(tensor):
+    """The tensor if its rows are whole and start at aligned places, else a copy that is so.
+
+    torch's products of other tensors add in another order, so that the same numbers elsewhere give other last bits.
+    """
+    batches, heads, rows, element = tensor.stride()
+    unit = ALIGNMENT // tensor.element_size()
+    if element == 1 and not ((batches | heads | rows) % unit or tensor.data_ptr() % ALIGNMENT):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _forward(q, k, v, causal, mask, scale):
+    """out and lse of torch's kernel, which depend on the numbers alone and not on where they lie."""
+    return torch._scaled_dot_product_flash_attention_for_cpu(
+        _aligned(q), _aligned(k), _aligned(v), 0.0, causal, attn_mask=mask, scale=scale
+    )
+
+
+def _backward(grad_out, q, k, v, out, lse, causal, mask, scale):
+    """dq, dk and dv of torch's kernel, which depend on the numbers alone too."""
+    tensors = (_aligned(tensor) for tensor in (grad_out, q, k, v, out))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+        *tensors, lse.masked_fill(lse == NO_SCORE, 0.0), 0.0, causal, attn_mask=mask, scale=scale
+    )
 
 
 # How a call is seen to use a feature; with no query or no key torch's kernel ends the process.
@@ -136,9 +162,9 @@ def _heads_first(q, k, v, added, causal, scale):
     """torch's kernel; where it pays the heads that share keys become the queries of one head."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[2] > 1 or not shares_reading(heads, kv_heads, *k.shape[2:]) or added is not None and added.shape[1] > 1:
-        return _forward(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+        return _forward(q, k, v, causal, added, scale)
     rows = q.unflatten(1, (kv_heads, heads // kv_heads)).squeeze(3)
-    out, lse = _forward(rows, k, v, 0.0, False, attn_mask=added, scale=scale)
+    out, lse = _forward(rows, k, v, False, added, scale)
     return out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[..., None]
 
 
@@ -218,10 +244,8 @@ def _run(q, k, v, options):
     out, doubtful = None, False
     for part, rows, keys in _calls(q, k, v, options):
         mask = _mask(part, rows, keys) if masked else None
-        result, sums = _forward(
-            part.q[:, :, rows], part.k[:, :, keys], part.v[:, :, keys], 0.0, causal,
-            attn_mask=mask, scale=options.softmax_scale,
-        )  # fmt: skip
+        block = part.q[:, :, rows], part.k[:, :, keys], part.v[:, :, keys]
+        result, sums = _forward(*block, causal, mask, options.softmax_scale)
         if not sums.all():
             sums, unclear = _without_empty_rows(sums, mask)
             doubtful |= unclear
@@ -263,10 +287,8 @@ def attention_backward(grad_out, q, k, v, out, lse, options):
 
 def _backward_whole(grad_out, q, k, v, out, lse, options, causal, masked):
     """One call on float32 tensors."""
-    grads = _backward(
-        *(t.transpose(1, 2) for t in (grad_out, q, k, v, out)), lse.masked_fill(lse == NO_SCORE, 0.0), 0.0, causal,
-        attn_mask=_added(options.mask), scale=options.softmax_scale,
-    )  # fmt: skip
+    tensors = (t.transpose(1, 2) for t in (grad_out, q, k, v, out))
+    grads = _backward(*tensors, lse, causal, _added(options.mask), options.softmax_scale)
     return tuple(grad.transpose(1, 2).contiguous() for grad in grads)
 
 
@@ -281,9 +303,8 @@ def _backward_in_parts(grad_out, q, k, v, out, lse, options, causal, masked):
         grads, outs = (t[part.batch, rows, part.heads].transpose(1, 2).float() for t in (grad_out, out))
         sums = lse[part.batch, part.heads, rows]
         step_q, step_k, step_v = _backward(
-            grads, part.q[:, :, rows], part.k[:, :, keys], part.v[:, :, keys], outs,
-            sums.masked_fill(sums == NO_SCORE, 0.0), 0.0, causal,
-            attn_mask=_mask(part, rows, keys) if masked else None, scale=options.softmax_scale,
+            grads, part.q[:, :, rows], part.k[:, :, keys], part.v[:, :, keys], outs, sums, causal,
+            _mask(part, rows, keys) if masked else None, options.softmax_scale,
         )  # fmt: skip
         dq[part.batch, rows, part.heads] = step_q.transpose(1, 2)
         sum_k[:, :, keys] += step_k
