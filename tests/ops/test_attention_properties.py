@@ -176,6 +176,36 @@ def test_layout_and_repetition_do_not_matter(implementation, dtype, data):
     assert first[0].is_contiguous() and first[1].is_contiguous() and first[1].dtype == torch.float32
 
 
+def elsewhere(tensor, place):
+    """The numbers of [1, S, H, D] at another place of memory."""
+    if place == "one element further":
+        flat = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)
+        flat[1:] = tensor.flatten()
+        return flat[1:].view(tensor.shape)
+    dim = {"wider rows": 3, "more heads": 2}[place]
+    shape = list(tensor.shape)
+    shape[dim] += 3
+    wide = torch.zeros(shape, dtype=tensor.dtype)
+    return wide.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+
+
+@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("place", ["one element further", "wider rows", "more heads"])
+@pytest.mark.parametrize("rows, keys, kv_heads, dim", [(1, 5, 1, 8), (1, 40, 2, 64), (33, 33, 4, 64), (7, 40, 2, 24)])
+def test_unaligned_rows_change_no_bit(implementation, place, rows, keys, kv_heads, dim):
+    """Forward and gradients; on some CPUs torch's products add in another order where rows are not aligned."""
+    tensors = qkv(1, rows, keys, heads=4, kv_heads=kv_heads, head_dim=dim, seed=21)
+    with using(implementation):
+        wanted = run(*tensors)
+        grads = torch.autograd.grad(attention(*(t.requires_grad_() for t in tensors)).sum(), tensors)
+        for i in range(3):
+            moved = [t.detach().clone() for t in tensors]
+            moved[i] = elsewhere(moved[i], place)
+            assert_same(run(*moved), wanted)
+            found = torch.autograd.grad(attention(*(t.requires_grad_() for t in moved)).sum(), moved)
+            assert_same(found, grads)
+
+
 @pytest.mark.parametrize("implementation", FUSED)
 @EVERY_OPTION
 def test_rows_do_not_depend_on_what_stands_beside_them(implementation, options):
