@@ -166,24 +166,30 @@ def test_layers_add_up_to_a_stopwatch(model):
 
 
 def test_figures_agree_with_a_stopwatch_around_generate(model):
-    """Within 5 %, over the same requests; the model waits, so that a busy machine hardly shows."""
+    """Within 5 %, over the same requests: the least disturbed of alternating rounds of each, and the model waits."""
     requests = [Request(tuple(range(2, 12)), 12), Request(tuple(range(5, 40)), 8)]
+
+    def stopwatch():
+        before = time.perf_counter()
+        for request in requests:
+            ids, length = torch.tensor([request.prompt]), request.new_tokens
+            model.generate(ids, max_new_tokens=length, do_sample=False, eos_token_id=-1, pad_token_id=1)
+        return time.perf_counter() - before
+
     watch = model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     try:
-        run = serving.timed(serving.WAYS["one-by-one"], model, None, requests, SETTINGS)
-        taken = []
-        for request in requests:
-            ids = torch.tensor([request.prompt])
-            before = time.perf_counter()
-            model.generate(ids, max_new_tokens=request.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=1)
-            taken.append(time.perf_counter() - before)
+        stopwatch()  # the first call of generate prepares more than it runs
+        runs, taken = [], []
+        for _ in range(3):
+            runs.append(serving.timed(serving.WAYS["one-by-one"], model, None, requests, SETTINGS))
+            taken.append(stopwatch())
     finally:
         watch.remove()
-    told = serving_figures.summarise(requests, [run])
-    assert told["seconds"] == pytest.approx(sum(taken), rel=0.05)
-    assert told["tokens_per_second"] == pytest.approx(20 / sum(taken), rel=0.05)
-    assert told["end_to_end"]["p99"] == pytest.approx(sum(taken), rel=0.05)
-    assert told["between_tokens"]["p50"] == pytest.approx(sum(taken) / 20, rel=0.05)
+    told = min((serving_figures.summarise(requests, [run]) for run in runs), key=lambda row: row["seconds"])
+    assert told["seconds"] == pytest.approx(min(taken), rel=0.05)
+    assert told["tokens_per_second"] == pytest.approx(20 / min(taken), rel=0.05)
+    assert told["end_to_end"]["p99"] == pytest.approx(min(taken), rel=0.05)
+    assert told["between_tokens"]["p50"] == pytest.approx(min(taken) / 20, rel=0.05)
 
 
 def test_bytes_of_a_step(model):
